@@ -1,0 +1,1 @@
+"""Class-conditional PixelCNN image models in PyTorch Lightning."""

@@ -1,0 +1,122 @@
+"""From plain values to objects: find a `_target_`, check its values against its own annotations, call it.
+
+Targets come from yaml files and from checkpoints, and a checkpoint may come from a stranger. So a target is never
+merely imported: it must be *defined* in this package or in torch.optim, and be of the kind the caller asks for.
+"""
+
+import importlib
+import inspect
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pixelcnn_lit.errors import UserError, closest
+
+HOMES = ("pixelcnn_lit.", "torch.optim.")
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Inclusive bounds of a number, used as `Annotated[int, Range(1)]`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def resolve(target: str, kind: type) -> Callable[..., Any]:
+    """The class `target` if it subclasses `kind`, or the function `target` if it is annotated to return `kind`.
+
+    Raises UserError for anything else, in particular for a name that merely can be reached through our modules
+    (`torch.optim.adam.torch.os.system`).
+    """
+    module, _, name = target.rpartition(".")
+    refusal = UserError(f"_target_={target}: not a {kind.__name__} of {' or '.join(h.rstrip('.') for h in HOMES)}")
+    if not target.startswith(HOMES):
+        raise refusal
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise refusal from None
+    if not getattr(found, "__module__", "").startswith(HOMES):
+        raise refusal
+    if inspect.isclass(found) and issubclass(found, kind):
+        return found
+    if inspect.isfunction(found) and get_type_hints(found).get("return") is kind:
+        return found
+    raise refusal
+
+
+def build(where: str, config: Mapping[str, Any], kind: type, **facts: Any) -> Any:
+    """Call `config["_target_"]` with the other values of `config`, checked, and with `facts`, which the program knows.
+
+    `where` is the config group, for the messages ("model.n_residual=-1: ...").
+    """
+    target = resolve(config["_target_"], kind)
+    values = {key: value for key, value in config.items() if key != "_target_"}
+    check(where, target, values, known=facts)
+    try:
+        return target(**facts, **values)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], known: Mapping[str, Any] = {}) -> None:
+    """Check names, types and ranges of `values` against the annotations of `function`.
+
+    `known` are the arguments the program fills in; they are neither checked nor missing.
+    """
+    parameters = inspect.signature(function).parameters
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    for key, value in values.items():
+        if key not in parameters:
+            settings = [name for name in parameters if name not in known]
+            raise UserError(f"{where}.{key}: there is no such setting; {closest(key, settings)}")
+        if not fits(value, hints.get(key, Any)):
+            raise UserError(f"{where}.{key}={value}: must be {describe(hints[key])}")
+    for key, parameter in parameters.items():
+        optional = parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD
+        if key not in known and (values.get(key) is None and not optional):
+            raise UserError(f"{where}.{key} is missing; type {where}.{key}=...")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value fits a type annotation; an int passes for a float, a bool for neither."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Annotated:
+        bounds = [extra for extra in arguments[1:] if isinstance(extra, Range)]
+        return fits(value, arguments[0]) and all(value is None or b.low <= value <= b.high for b in bounds)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(fits(v, arguments[0]) for v in value)
+    if hint in (None, type(None)):
+        return value is None
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return not inspect.isclass(hint) or isinstance(value, hint)
+
+
+def describe(hint: Any) -> str:
+    """A type annotation in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        bounds = next(extra for extra in arguments[1:] if isinstance(extra, Range))
+        low = f" >= {bounds.low:g}" if bounds.low > -math.inf else ""
+        high = f" <= {bounds.high:g}" if bounds.high < math.inf else ""
+        return describe(arguments[0]) + " and".join(filter(None, (low, high)))
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(option) for option in arguments if option in WORDS or get_origin(option))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (list, tuple):
+        return f"a list, each {describe(arguments[0])}"
+    return WORDS.get(hint, str(hint))

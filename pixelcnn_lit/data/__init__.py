@@ -1,0 +1,1 @@
+"""Images from disk to batches: one LightningDataModule, and one file per source."""

@@ -1,0 +1,47 @@
+"""Anybody's images as PNG files, a folder a class."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from pixelcnn_lit.data.images import Images, Split
+from pixelcnn_lit.errors import UserError
+
+
+def folder(path: str) -> Images:
+    """Images from path/train/<class>/*.png and path/test/<class>/*.png, all of one size; grey or colour as stored."""
+    root = Path(path)
+    classes = sorted(entry.name for entry in (root / "train").glob("*") if entry.is_dir())
+    if not classes:
+        raise UserError(f"dataset.path={path}: no folders in {root / 'train'}; it must hold train/<class>/*.png")
+    strangers = {entry.name for entry in (root / "test").glob("*") if entry.is_dir()} - set(classes)
+    if strangers:
+        raise UserError(f"dataset.path={path}: test has classes that train lacks: {', '.join(sorted(strangers))}")
+    return Images(_split(root / "train", classes), _split(root / "test", classes), classes)
+
+
+def _split(directory: Path, classes: list[str]) -> Split:
+    files = [(file, label) for label, name in enumerate(classes) for file in sorted((directory / name).glob("*.png"))]
+    if not files:
+        raise UserError(f"{directory}: no images; it must hold <class>/*.png")
+    images = [_read(file) for file, _ in files]
+    for (file, _), image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            raise UserError(
+                f"{file}: (C, H, W) = {tuple(image.shape)}, but {tuple(images[0].shape)} in {files[0][0]}; "
+                "make them one size"
+            )
+    return Split(torch.stack(images), torch.tensor([label for _, label in files]))
+
+
+def _read(file: Path) -> Tensor:
+    """uint8 [C,H,W]: grey files keep one channel, everything else becomes RGB."""
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(image if image.mode == "L" else image.convert("RGB")).copy()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{file}: not a readable PNG; replace or delete it") from error
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)

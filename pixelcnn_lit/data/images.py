@@ -1,0 +1,88 @@
+"""What a source of images hands over, and the transformations that change every image once, at loading."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.noise import uniform
+
+
+@dataclass
+class Split:
+    """Images uint8 [N,C,H,W] and their classes int64 [N]."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, positions: Tensor | slice) -> "Split":
+        return Split(self.x[positions], self.y[positions])
+
+
+@dataclass
+class Images:
+    """A labelled set of images as its source publishes it. Without `validation`, part of `train` becomes it."""
+
+    train: Split
+    test: Split
+    class_names: list[str]
+    levels: int = 256
+    validation: Split | None = None
+
+    def splits(self) -> dict[str, Split]:
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in named.items() if split is not None}
+
+
+def verify(images: Images, name: str) -> None:
+    """Raise UserError unless shapes, values and classes are what the rest of the program relies on."""
+    shapes = {tuple(split.x.shape[1:]) for split in images.splits().values()}
+    if len(shapes) != 1:
+        raise UserError(f"{name}: images of different sizes (C, H, W): {sorted(shapes)}; make them one size")
+    for split_name, split in images.splits().items():
+        where = f"{name}, {split_name} split"
+        if split.x.ndim != 4 or not len(split) or len(split.x) != len(split):
+            raise UserError(f"{where}: {list(split.x.shape)} images and {len(split)} labels; give one label an image")
+        if int(split.x.max()) >= images.levels:
+            raise UserError(f"{where}: a value of {int(split.x.max())} in images of {images.levels} levels")
+        if int(split.y.min()) < 0 or int(split.y.max()) >= len(images.class_names):
+            raise UserError(
+                f"{where}: labels {int(split.y.min())}..{int(split.y.max())} out of range; "
+                f"{len(images.class_names)} classes take labels 0..{len(images.class_names) - 1}"
+            )
+
+
+def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Training and validation images from the official training set, by a permutation drawn from `seed`."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    n_validation = round(fraction * len(train))
+    if not 0 < n_validation < len(train):
+        raise UserError(f"dataset.validation_fraction={fraction}: leaves an empty split of {len(train)} images")
+    return train[order[n_validation:]], train[order[:n_validation]]
+
+
+def resize(x: Tensor, size: int) -> Tensor:
+    """uint8 [N,C,H,W] with the shorter side scaled to `size` (bilinear, antialiased): other pixels, another dataset."""
+    chunks = [F.resize(chunk, [size], antialias=True) for chunk in x.split(4096)]
+    return torch.cat(chunks)
+
+
+def pad(x: Tensor, width: int) -> Tensor:
+    """uint8 [N,C,H,W] with `width` black pixels on each side."""
+    return torch.nn.functional.pad(x, (width,) * 4)
+
+
+def quantise(x: Tensor, old: int, new: int) -> Tensor:
+    """Levels 0..old-1 to 0..new-1 in bins of equal width, in integers. With `new=2`: the threshold at half."""
+    return (x.int() * new).div(old, rounding_mode="floor").to(torch.uint8)
+
+
+def binarize_by_index(x: Tensor, levels: int, seed: int) -> Tensor:
+    """Draw each pixel white with probability x / (levels - 1); image n's draw is a function of (seed, n)."""
+    noise = [uniform(seed, n, tuple(image.shape)) for n, image in enumerate(x)]
+    return torch.stack([u < image / (levels - 1) for u, image in zip(noise, x, strict=True)]).to(torch.uint8)

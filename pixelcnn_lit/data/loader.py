@@ -1,0 +1,108 @@
+"""Batches gathered whole from one uint8 tensor, in an order that is a function of (seed, epoch)."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pixelcnn_lit.data.images import Split
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Batches(Sampler):
+    """The batches of one rank: pairs (seed of the batch's augmentation, positions).
+
+    Training shuffles and leaves out the ragged last batch, another one each epoch. Evaluation strides the split over
+    the ranks unpadded, so that every image counts once. `batch_size` is a rank's own.
+    """
+
+    def __init__(self, n: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.n, self.batch_size, self.shuffle, self.seed, self.rank, self.world = (
+            n,
+            batch_size,
+            shuffle,
+            seed,
+            rank,
+            world,
+        )
+        self.epoch = 0
+        self.sampler = self  # where Lightning looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return self.n // (self.batch_size * self.world)
+        return len(range(0, len(range(self.rank, self.n, self.world)), self.batch_size))
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        if not self.shuffle:
+            for positions in torch.arange(self.rank, self.n, self.world).split(self.batch_size):
+                yield 0, positions
+            return
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = torch.from_numpy(rng.permutation(self.n))
+        for shared in order.split(self.batch_size * self.world)[: len(self)]:
+            yield int(rng.integers(2**31)) + self.rank, shared[self.rank :: self.world]
+
+
+class Gather(Dataset):
+    """A split as whole batches: two index operations a batch, then the augmentation, if any."""
+
+    def __init__(self, split: Split, augment: Augmentation | None = None) -> None:
+        self.split, self.augment = split, augment
+
+    def __getitems__(self, batch: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
+        seed, positions = batch
+        chosen = self.split[positions]
+        x = self.augment(chosen.x, torch.Generator().manual_seed(seed)) if self.augment else chosen.x
+        return x, chosen.y
+
+
+class LazyLoader(DataLoader):
+    """A DataLoader that starts its workers, and asks for the order, at the first batch: after `set_epoch`."""
+
+    def __iter__(self) -> Iterator:  # pyright: ignore[reportIncompatibleMethodOverride]
+        yield from super().__iter__()
+
+
+def loader(dataset: Gather, batches: Batches, num_workers: int) -> LazyLoader:
+    """The loader of a split: pinned memory on CUDA, workers that live on between epochs."""
+    return LazyLoader(
+        dataset,
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]
+        collate_fn=_whole,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(0),  # else each epoch takes a number from the global stream
+    )
+
+
+def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+def flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image [B,C,H,W] left to right with probability one half."""
+    mirrored = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+
+def crop(x: Tensor, margin: int, generator: torch.Generator) -> Tensor:
+    """Shift each image [B,C,H,W] by up to `margin` pixels each way; black comes in at the edges."""
+    b, _, h, w = x.shape
+    padded = torch.nn.functional.pad(x, (margin,) * 4)
+    down, right = torch.randint(2 * margin + 1, (2, b), generator=generator)
+    rows = down[:, None] + torch.arange(h)
+    columns = right[:, None] + torch.arange(w)
+    return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def binarize(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
+    """Draw each pixel white with probability x / (levels - 1), anew each time (dynamic binarization)."""
+    return (torch.rand(x.shape, generator=generator) < x / (levels - 1)).to(torch.uint8)

@@ -1,0 +1,166 @@
+"""The one LightningDataModule: a source's images, split, transformed and served."""
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from pixelcnn_lit.build import Range, check, resolve
+from pixelcnn_lit.data import images as once
+from pixelcnn_lit.data import loader as each
+from pixelcnn_lit.data.images import Images, Split
+from pixelcnn_lit.errors import UserError
+
+
+class ImageData(L.LightningDataModule):
+    """Serve (x uint8 [B,C,H,W], y int64 [B]) for training, validation and test.
+
+    After `setup`, `facts` holds what network and likelihood need to know of the data, `label` the name under which a
+    bpd on it may be reported, and `train`, `validation`, `test` the splits. `seed` orders the training batches;
+    the validation split is the same for every seed.
+
+    Args:
+        load: the source; called once.
+        batch_size: over all processes together.
+        levels: requantise to so many levels; 2 binarizes, by threshold ("static") or by chance ("dynamic").
+        resize, pad, horizontal_flip, random_crop: each changes the label.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Images],
+        *,
+        name: str,
+        seed: Annotated[int, Range(0)] = 0,
+        batch_size: Annotated[int, Range(1)] = 128,
+        num_workers: Annotated[int, Range(0)] = 2,
+        validation_fraction: Annotated[float, Range(0, 1)] = 0.1,
+        levels: Annotated[int | None, Range(2, 256)] = None,
+        binarization: Literal["static", "dynamic"] = "static",
+        resize: Annotated[int | None, Range(1)] = None,
+        pad: Annotated[int, Range(0)] = 0,
+        horizontal_flip: bool = False,
+        random_crop: Annotated[int, Range(0)] = 0,
+    ) -> None:
+        super().__init__()
+        self.load, self.name, self.seed = load, name, seed
+        self.batch_size, self.num_workers, self.validation_fraction = batch_size, num_workers, validation_fraction
+        self.levels, self.dynamic = levels, levels == 2 and binarization == "dynamic"
+        self.resize, self.pad, self.horizontal_flip, self.random_crop = resize, pad, horizontal_flip, random_crop
+        self.augmentations: list[each.Augmentation] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        if hasattr(self, "train"):
+            return
+        images = self.load()
+        once.verify(images, self.name)
+        if images.validation is None:
+            images.train, images.validation = once.carve_validation(images.train, self.validation_fraction, seed=0)
+        self.class_names = images.class_names
+        self.source_levels = images.levels
+        if self.levels is None:
+            self.levels = images.levels
+        if self.levels > images.levels:
+            raise UserError(f"dataset.levels={self.levels}: {self.name} has {images.levels}; type that or less")
+        self.train, self.validation, self.test = (self._transform(n, s) for n, s in images.splits().items())
+        self._plan_augmentations()
+
+    def _transform(self, name: str, split: Split) -> Split:
+        x = split.x
+        if self.resize:
+            x = once.resize(x, self.resize)
+        if self.pad:
+            x = once.pad(x, self.pad)
+        if self.dynamic and name != "train":
+            x = once.binarize_by_index(x, self.source_levels, seed=0)
+        elif not self.dynamic and self.levels != self.source_levels:
+            x = once.quantise(x, self.source_levels, self.levels)
+        return Split(x.contiguous(), split.y)
+
+    def _plan_augmentations(self) -> None:
+        if self.horizontal_flip:
+            self.augmentations.append(each.flip)
+        if self.random_crop:
+            self.augmentations.append(lambda x, g: each.crop(x, self.random_crop, g))
+        if self.dynamic:
+            self.augmentations.append(lambda x, g: each.binarize(x, self.source_levels, g))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What network and likelihood are built from; stored in the checkpoint."""
+        return {
+            "image_shape": list(self.train.x.shape[1:]),
+            "num_classes": len(self.class_names),
+            "levels": self.levels,
+            "class_names": list(self.class_names),
+        }
+
+    @property
+    def label(self) -> str:
+        """The dataset as scored and trained on: a bpd under another label is not comparable."""
+        channels, height, width = self.train.x.shape[1:]
+        changes = [
+            (self.resize, f"resized to {self.resize}"),
+            (self.pad, f"padded by {self.pad}"),
+            (self.levels == 2, f"{'dynamic' if self.dynamic else 'static'} binarization"),
+            (self.horizontal_flip, "trained with flips"),
+            (self.random_crop, f"trained with crops of {self.random_crop}"),
+        ]
+        return ", ".join(
+            [f"{self.name} {channels}×{height}×{width}", f"{self.levels} levels", *(t for on, t in changes if on)]
+        )
+
+    def train_dataloader(self) -> each.LazyLoader:
+        batches = self._batches(self.train, shuffle=True)
+        if not len(batches):
+            raise UserError(f"dataset.batch_size={self.batch_size}: more than the {len(self.train)} training images")
+        return each.loader(
+            each.Gather(self.train, self._augment if self.augmentations else None), batches, self.num_workers
+        )
+
+    def val_dataloader(self) -> each.LazyLoader:
+        return self.score_dataloader(self.validation)
+
+    def test_dataloader(self) -> each.LazyLoader:
+        return self.score_dataloader(self.test)
+
+    def score_dataloader(self, split: Split) -> each.LazyLoader:
+        """Every image of a split once, in order, as it is scored."""
+        return each.loader(each.Gather(split), self._batches(split, shuffle=False), self.num_workers)
+
+    def _augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        for augmentation in self.augmentations:
+            x = augmentation(x, generator)
+        return x
+
+    def _batches(self, split: Split, *, shuffle: bool) -> each.Batches:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.batch_size % world:
+            raise UserError(f"dataset.batch_size={self.batch_size}: type a multiple of the {world} processes")
+        return each.Batches(
+            len(split), self.batch_size // world, shuffle=shuffle, seed=self.seed, rank=rank, world=world
+        )
+
+
+def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:
+    """The DataModule of a dataset config: keys that its `_target_` names go to the source, the others to ImageData.
+
+    Everything is checked before anything is read.
+    """
+    source = resolve(config["_target_"], Images)
+    own = inspect.signature(source).parameters
+    arguments = {key: value for key, value in config.items() if key in own}
+    options = {key: value for key, value in config.items() if key not in own and key != "_target_"}
+    check("dataset", source, arguments)
+    check("dataset", ImageData, options, known={"load": None, "seed": seed})
+    return ImageData(partial(source, **arguments), seed=seed, **options)
+
+
+def uniform_bpd(levels: int) -> float:
+    """The bpd of knowing nothing: log2 of the number of levels."""
+    return math.log2(levels)

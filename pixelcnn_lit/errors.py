@@ -1,0 +1,62 @@
+"""A user's mistake becomes one line that says what to type."""
+
+import difflib
+from collections.abc import Iterable
+
+from hydra.errors import (
+    ConfigCompositionException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from torch import OutOfMemoryError
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its text is the one line to show."""
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """The hint that follows an unknown word: the nearest known one, and all of them."""
+    known = sorted(words)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return (f"did you mean {near[0]}? " if near else "") + "choose from: " + ", ".join(known)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that the user can mend, or None for a fault of the program."""
+    match error:
+        case UserError():
+            return str(error)
+        case MissingConfigException():
+            return _missing_config(error)
+        case ConfigCompositionException() if isinstance(error.__cause__, ConfigKeyError):
+            return _unknown_key(error.__cause__)
+        case OverrideParseException():
+            return f"{error.override}: not an override; type key=value"
+        case (
+            ConfigCompositionException()
+            | InstantiationException()
+            | OmegaConfBaseException()
+            | MisconfigurationException()
+        ):
+            return " ".join(str(error).split())
+        case OutOfMemoryError():
+            return "the device ran out of memory; type a smaller dataset.batch_size or model_size"
+        case OSError() if error.filename:
+            return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _missing_config(error: MissingConfigException) -> str:
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    return f"{group}={choice}: there is no such {group}; {closest(choice, error.options or [])}"
+
+
+def _unknown_key(error: ConfigKeyError) -> str:
+    parent = error.parent_node
+    siblings = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+    return f"{error.full_key}: there is no such setting; {closest(str(error.key), siblings)}"

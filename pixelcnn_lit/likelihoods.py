@@ -1,0 +1,58 @@
+"""Everything that happens inside one pixel: from a network's features to the probability of its channels."""
+
+from itertools import combinations
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixelcnn_lit.build import Range
+
+
+class Categorical(nn.Module):
+    """A V-way softmax per channel: p(x) = prod_c p(x_c | x_<c, features).
+
+    `colour="independent"` is the published baseline, p(x_c | features): V logits a channel straight from the network.
+    `colour="autoregressive"` lets each channel see the ones before it at its pixel through a small head,
+    logits_c = W_c relu(features_c + sum_{b<c} table_bc[x_b]); the network still runs once a pixel. The factorisation
+    is van den Oord et al. 2016 (arXiv 1601.06759), equation 2; the head is ours. One channel has no colour, and then
+    both are the same softmax.
+
+    Args:
+        image_shape, levels: facts of the data.
+        width: features a channel that the head reads.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        levels: int,
+        colour: Literal["autoregressive", "independent"] = "autoregressive",
+        width: Annotated[int, Range(1)] = 64,
+    ) -> None:
+        super().__init__()
+        self.channels, self.levels = image_shape[0], levels
+        self.has_head = colour == "autoregressive" and self.channels > 1
+        self.out_channels = self.channels * (width if self.has_head else levels)
+        if self.has_head:
+            pairs = combinations(range(self.channels), 2)
+            self.tables = nn.ModuleDict({f"{b}_{c}": nn.Embedding(levels, width) for b, c in pairs})
+            self.heads = nn.ModuleList(nn.Linear(width, levels) for _ in range(self.channels))
+
+    def channel_logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
+        """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32."""
+        with torch.autocast(features.device.type, enabled=False):
+            wide = features.to(torch.promote_types(features.dtype, torch.float32))
+            # [B,...,width or V]: features last, as channels-last memory, Linear and Embedding have them
+            h = wide.movedim(1, -1).unflatten(-1, (self.channels, -1))[..., c, :]
+            if self.has_head:
+                for b in range(c):
+                    h = h + self.tables[f"{b}_{c}"](x[:, b].long())
+                h = self.heads[c](F.relu(h))
+            return h.log_softmax(-1).movedim(-1, 1)
+
+    def log_prob(self, features: Tensor, x: Tensor) -> Tensor:
+        """Nats of each value: features [B,D,H,W], x uint8 [B,C,H,W] -> [B,C,H,W]."""
+        logits = (self.channel_logits(features, x, c) for c in range(self.channels))
+        return torch.cat([row.gather(1, x[:, c, None].long()) for c, row in enumerate(logits)], dim=1)

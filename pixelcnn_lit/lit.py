@@ -1,0 +1,215 @@
+"""The one LightningModule for every density network, and loading it from a checkpoint."""
+
+import inspect
+import math
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Annotated, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
+
+from pixelcnn_lit.build import Range, build, check, resolve
+from pixelcnn_lit.errors import UserError
+
+
+def bits(nats: Any) -> Any:
+    """Nats to bits: the one line where the unit changes."""
+    return nats / math.log(2)
+
+
+class MeanNats(Metric):
+    """Mean nats an image, over all and per class: sums over counts, exact for short batches and several processes."""
+
+    full_state_update = False
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros(num_classes), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(num_classes), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor, y: Tensor) -> None:
+        """Add nats [B] of images of classes y [B]."""
+        self.nats.index_add_(0, y, nats.to(self.nats.dtype))
+        self.images.index_add_(0, y, torch.ones_like(nats, dtype=self.images.dtype))
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """The mean [], and the mean of each class [num_classes], NaN where a class is absent."""
+        return self.nats.sum() / self.images.sum(), self.nats / self.images
+
+
+class DensityModel(L.LightningModule):
+    """log p(x | y) of images, trained by maximum likelihood.
+
+    All arguments are plain values; they are stored in the checkpoint, which therefore rebuilds itself.
+
+    Args:
+        model, likelihood: configs of the network and of what happens inside a pixel.
+        image_shape, num_classes, levels, class_names: facts of the data.
+        label: the dataset's name with all that was changed in it.
+        dataset: config of the dataset, for `evaluate`.
+        optimizer, scheduler: configs; a scheduler of None keeps the learning rate.
+        label_dropout: share of training images whose class is hidden from the network.
+        channels_last: memory format of weights and activations.
+        compile: compile the network in place.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: dict[str, Any],
+        likelihood: dict[str, Any],
+        image_shape: list[int],
+        num_classes: int,
+        levels: int,
+        class_names: list[str],
+        label: str,
+        dataset: dict[str, Any],
+        optimizer: dict[str, Any],
+        scheduler: dict[str, Any] | None,
+        label_dropout: Annotated[float, Range(0, 1)] = 0.0,
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        data = {"image_shape": tuple(image_shape), "levels": levels}
+        self.likelihood: nn.Module = build("likelihood", likelihood, nn.Module, **data)
+        self.net: nn.Module = build(
+            "model", model, nn.Module, **data, num_classes=num_classes, out_channels=self.likelihood.out_channels
+        )
+        self.image_shape, self.num_classes, self.levels = tuple(image_shape), num_classes, levels
+        self.dims = math.prod(image_shape)
+        self.score = MeanNats(num_classes)
+        self.optimizer_config, self.scheduler_config, self.label_dropout = optimizer, scheduler, label_dropout
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        if compile:
+            self.net.compile()  # in place: torch.compile(net) would rename the weights in the checkpoint
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes to draw: all of them, or "no class" alone for an unconditional model."""
+        return list(range(self.num_classes)) if self.hparams["model"].get("conditional", True) else [self.num_classes]
+
+    def nats(self, x: Tensor, y: Tensor) -> Tensor:
+        """-log p(x | y) of uint8 [B,C,H,W] and int64 [B], in nats an image [B]."""
+        return -self.likelihood.log_prob(self.net(x, y), x).sum((1, 2, 3))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        x, y = batch
+        if self.label_dropout:
+            y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.label_dropout, self.num_classes)
+        nll = self.nats(x, y).mean() / self.dims
+        self.log("train/nll", nll, prog_bar=True)
+        return nll
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        x, y = batch
+        with torch.autocast(self.device.type, enabled=False):  # reported figures are float32, however it trains
+            self.score.update(self.nats(x, y), y)
+
+    def on_validation_epoch_start(self) -> None:
+        # Sums over many images want float64, which Apple's GPUs lack.
+        self.score.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    test_step, on_test_epoch_start = validation_step, on_validation_epoch_start
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        per_image, per_class = self.score.compute()
+        self.score.reset()
+        figures = {f"{split}/nll": per_image / self.dims}
+        figures[f"{split}/bpd"] = bits(figures[f"{split}/nll"])
+        if self.levels == 2:
+            figures[f"{split}/nats_per_image"] = per_image
+        self.log_dict(figures, prog_bar=True)
+        self.bpd_per_class = bits(per_class / self.dims).tolist()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build("optimizer", self.optimizer_config, Optimizer, params=self.parameters())
+        return {"optimizer": optimizer} | ({"lr_scheduler": self._schedule(optimizer)} if self.scheduler_config else {})
+
+    def _schedule(self, optimizer: Optimizer) -> dict[str, Any]:
+        """A scheduler that takes `total_steps` moves every step, any other every epoch."""
+        config = self.scheduler_config
+        total = "total_steps" in inspect.signature(resolve(config["_target_"], LRScheduler)).parameters
+        facts = {"total_steps": int(self.trainer.estimated_stepping_batches)} if total else {}
+        scheduler = build("scheduler", config, LRScheduler, optimizer=optimizer, **facts)
+        return {
+            "scheduler": scheduler,
+            "interval": "step" if total else "epoch",
+            "frequency": 1 if total else self.trainer.check_val_every_n_epoch,
+            "monitor": "val/nll",  # read by ReduceLROnPlateau alone
+        }
+
+    def draw(self, sampler: dict[str, Any], classes: list[int] | None = None, progress: bool = False) -> Tensor:
+        """`sampler["n_per_class"]` images of each class in turn: uint8 [len(classes) * n_per_class, C, H, W]."""
+        controls = dict(sampler)
+        n_per_class = controls.pop("n_per_class")
+        y = torch.tensor(self.classes if classes is None else classes, device=self.device)
+        return build(
+            "sampler",
+            controls,
+            Tensor,
+            net=self.net,
+            likelihood=self.likelihood,
+            y=y.repeat_interleave(n_per_class),
+            image_shape=self.image_shape,
+            progress=progress,
+        )
+
+
+def load(path: str) -> DensityModel:
+    """The model of a checkpoint, from the file alone, in eval mode on the CPU.
+
+    Nothing in the file can run code: weights_only, and targets as `build` allows them. Raises UserError.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        settings = checkpoint["hyper_parameters"] | {"compile": False}
+        check("ckpt", DensityModel, settings)
+        model = DensityModel(**settings)
+        model.load_state_dict(checkpoint["state_dict"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"ckpt={path}: not a checkpoint of this program ({' '.join(str(error).split())[:200]})"
+        ) from error
+    return model.eval()
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """The plain dict in a checkpoint file, whose checksums are verified first."""
+    if not Path(path).is_file():
+        raise UserError(f"ckpt={path}: no such file; type the path of a .ckpt")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"bad checksum in {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(
+            f"ckpt={path}: damaged, or not a checkpoint of plain values ({str(error).splitlines()[0]}); "
+            "type another ckpt"
+        ) from error
+
+
+def require_same_data(path: str, saved: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raise UserError unless the settings saved in checkpoint `path` name the same facts of the data."""
+    for fact, value in facts.items():
+        if saved.get(fact) != value:
+            raise UserError(
+                f"ckpt={path}: its {fact} is {saved.get(fact)}, that of the dataset {value}; "
+                "type the dataset it was trained on, or another ckpt"
+            )

@@ -1,0 +1,41 @@
+"""The Lightning Trainer of a config, and what the machine it runs on is fast at."""
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+
+from pixelcnn_lit.build import check
+
+
+def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
+    """A Trainer from conf/trainer. `precision: auto` becomes bf16 where the machine is fast at it."""
+    settings = dict(config)
+    if settings.get("precision") == "auto":
+        settings["precision"] = "bf16-mixed" if fast_bf16(settings["accelerator"]) else "32-true"
+    if settings.get("enable_progress_bar") is None:
+        settings["enable_progress_bar"] = sys.stdout.isatty()
+    check("trainer", L.Trainer, settings)
+    # Lightning's own tips and notes bury the result.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Our loaders stride over the ranks themselves; gathering whole batches needs few workers.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.15
+    return L.Trainer(**settings, **extra, use_distributed_sampler=False, enable_model_summary=False)
+
+
+def fast_bf16(accelerator: str) -> bool:
+    """Whether bf16 is native there: CUDA since Ampere; CPUs with AMX or AVX-512 BF16. Apple's GPUs train in float32."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator != "cpu" and torch.backends.mps.is_available():
+        return False
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def best_device() -> torch.device:
+    """Where to sample: the accelerator of this machine, if it has one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -1,0 +1,107 @@
+"""PixelCNN: a stack of masked convolutions.
+
+Paper: van den Oord, Kalchbrenner, Kavukcuoglu 2016, Pixel Recurrent Neural Networks (arXiv 1601.06759), section 3.5.
+What differs: the class enters as a bias after the first layer (conditioning as in arXiv 1606.05328, equation 4);
+    colour is left to the likelihood; blocks are full-width; by default a norm over channels stands before each
+    convolution and the second one starts at zero (`norm=layer`). `norm=batch` is the block of published code.
+Receptive field: a triangle that widens by one pixel a row and layer; pixels to the upper right of it are never seen
+    (the blind spot), as `context` tells.
+Training-mode loss: a likelihood under `norm=layer`; not under `norm=batch`, whose statistics come from whole images,
+    later pixels included.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixelcnn_lit.build import Range
+from pixelcnn_lit.models.layers import CausalConv2d, ChannelNorm, ClassEmbedding, scale
+
+
+class PixelCNN(nn.Module):
+    """features = Net(x, y), [B,out_channels,H,W], at each pixel a function of the class and strictly earlier pixels.
+
+    Args:
+        image_shape, num_classes, levels: facts of the data.
+        out_channels: features per pixel, which the likelihood asks for.
+        hidden_channels, n_residual: width, and number of residual blocks of two 3×3 convolutions.
+        norm: "layer" (over channels at each pixel) or "batch" (the published block).
+        conditional: false trains without the class.
+        dropout: rate inside each block of `norm=layer`.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        levels: int,
+        out_channels: int,
+        hidden_channels: Annotated[int, Range(1)],
+        n_residual: Annotated[int, Range(1)],
+        norm: Literal["layer", "batch"] = "layer",
+        conditional: bool = True,
+        dropout: Annotated[float, Range(0, 0.99)] = 0.0,
+    ) -> None:
+        super().__init__()
+        self.levels, self.image_size = levels, tuple(image_shape[1:])
+        self.train_is_likelihood = norm != "batch"
+        self.first = CausalConv2d(image_shape[0] + 1, hidden_channels, 7, "A")
+        self.embed = ClassEmbedding(num_classes, hidden_channels, conditional)
+        self.blocks = nn.Sequential(
+            *(
+                PublishedBlock(hidden_channels) if norm == "batch" else PreNormBlock(hidden_channels, dropout)
+                for _ in range(n_residual)
+            )
+        )
+        self.last = nn.Sequential(
+            nn.Identity() if norm == "batch" else ChannelNorm(hidden_channels),
+            nn.ReLU(),
+            CausalConv2d(hidden_channels, hidden_channels, 3, "B"),
+            nn.ReLU(),
+            CausalConv2d(hidden_channels, hidden_channels, 3, "B"),
+            nn.ReLU(),
+            nn.Conv2d(hidden_channels, out_channels, 1),
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
+        h = self.first(scale(x, self.levels, like=self.first.weight)) + self.embed(y)
+        return self.last(self.blocks(h))
+
+    def context(self, i: int, j: int) -> Tensor:
+        """The earlier pixels, bool [H,W], that the features at row i, column j depend on."""
+        seen = torch.zeros(self.image_size, dtype=torch.bool)
+        seen[i, j] = True
+        for layer in reversed([m for m in self.modules() if isinstance(m, CausalConv2d)]):
+            seen = layer.reach(seen)
+        return seen
+
+
+class PreNormBlock(nn.Module):
+    """x + conv(relu(norm(conv(relu(norm(x)))))), the identity at the start."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
+        self.conv1, self.conv2 = CausalConv2d(channels, channels, 3, "B"), CausalConv2d(channels, channels, 3, "B")
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.relu(self.norm1(x)))
+        return x + self.conv2(self.dropout(F.relu(self.norm2(h))))
+
+
+class PublishedBlock(nn.Module):
+    """relu(x + bn(conv(relu(bn(conv(x)))))): two masked convolutions with BatchNorm and ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        self.conv1, self.conv2 = CausalConv2d(channels, channels, 3, "B"), CausalConv2d(channels, channels, 3, "B")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(x + self.norm2(self.conv2(h)))
