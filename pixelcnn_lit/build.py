@@ -68,20 +68,21 @@ def build(where: str, config: Mapping[str, Any], kind: type, **facts: Any) -> An
 def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], known: Mapping[str, Any] = {}) -> None:
     """Check names, types and ranges of `values` against the annotations of `function`.
 
-    `known` are the arguments the program fills in; they are neither checked nor missing.
+    `known` are the arguments the program fills in; they are neither checked nor missing. `where` may be empty.
     """
+    prefix = where and where + "."
     parameters = inspect.signature(function).parameters
     hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     for key, value in values.items():
         if key not in parameters:
             settings = [name for name in parameters if name not in known]
-            raise UserError(f"{where}.{key}: there is no such setting; {closest(key, settings)}")
+            raise UserError(f"{prefix}{key}: there is no such setting; {closest(key, settings)}")
         if not fits(value, hints.get(key, Any)):
-            raise UserError(f"{where}.{key}={value}: must be {describe(hints[key])}")
+            raise UserError(f"{prefix}{key}={value}: must be {describe(hints[key])}")
     for key, parameter in parameters.items():
         optional = parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD
         if key not in known and (values.get(key) is None and not optional):
-            raise UserError(f"{where}.{key} is missing; type {where}.{key}=...")
+            raise UserError(f"{prefix}{key} is missing; type {prefix}{key}=...")
 
 
 def fits(value: Any, hint: Any) -> bool:

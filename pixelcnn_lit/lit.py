@@ -154,17 +154,14 @@ class DensityModel(L.LightningModule):
         }
 
     def draw(self, sampler: dict[str, Any], classes: list[int] | None = None, progress: bool = False) -> Tensor:
-        """`sampler["n_per_class"]` images of each class in turn: uint8 [len(classes) * n_per_class, C, H, W]."""
-        controls = dict(sampler)
-        n_per_class = controls.pop("n_per_class")
-        y = torch.tensor(self.classes if classes is None else classes, device=self.device)
+        """Images of each class in turn, `sampler["n_per_class"]` of each: uint8 [B,C,H,W] on this device."""
         return build(
             "sampler",
-            controls,
+            sampler,
             Tensor,
             net=self.net,
             likelihood=self.likelihood,
-            y=y.repeat_interleave(n_per_class),
+            y=torch.tensor(self.classes if classes is None else classes, device=self.device),
             image_shape=self.image_shape,
             progress=progress,
         )

@@ -49,15 +49,18 @@ def naive(
     y: Tensor,
     image_shape: tuple[int, int, int],
     *,
+    n_per_class: Annotated[int, Range(1)] = 1,
     seed: Annotated[int, Range(0)] = 0,
     temperature: Annotated[float, Range(0.001)] = 1.0,
     progress: bool = False,
 ) -> Tensor:
-    """One image uint8 [B,C,H,W] per class in y int64 [B], by one evaluation of the network a pixel.
+    """`n_per_class` images of each class in y int64 [K] in turn: uint8 [B=K*n_per_class,C,H,W].
 
+    The plain way: one evaluation of the network a pixel, on the rows so far.
     Image n is a function of (seed, n): u ~ U[0,1)^[C,H,W], and each value is the inverse CDF of its u.
     `temperature` divides the logits; 1 samples the model itself.
     """
+    y = y.repeat_interleave(n_per_class)
     u = torch.stack([uniform(seed, n, tuple(image_shape)) for n in range(len(y))])
     canvas = torch.zeros(len(y), *image_shape, dtype=torch.uint8, device=y.device)
     return walk(

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
+from pixelcnn_lit.build import check
 from pixelcnn_lit.callbacks import EpochLine, HParams, SampleGrid, Stopwatch
 from pixelcnn_lit.command import command, run_dir
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
@@ -26,9 +27,8 @@ def main(cfg: DictConfig) -> None:
     directory = run_dir()
     OmegaConf.save(cfg, directory / "config.yaml", resolve=True)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
-    L.seed_everything(config["seed"], workers=True, verbose=False)
-
     data = image_data(config["dataset"], config["seed"])
+    L.seed_everything(config["seed"], workers=True, verbose=False)
     data.setup()
     model = density_model(config, data)
     callbacks: list[Callback] = [hydra.utils.instantiate(c) for c in cfg.callbacks.values()]
@@ -52,7 +52,10 @@ def main(cfg: DictConfig) -> None:
 def density_model(config: dict[str, Any], data: ImageData) -> DensityModel:
     """The model of a config on the facts of the data."""
     parts = ("model", "likelihood", "dataset", "optimizer", "scheduler", "label_dropout", "channels_last", "compile")
-    return DensityModel(**data.facts, label=data.label, **{part: config[part] for part in parts})
+    settings = {part: config[part] for part in parts}
+    facts = {**data.facts, "label": data.label}
+    check("", DensityModel, settings, known=facts)
+    return DensityModel(**facts, **settings)
 
 
 def resume_from(ckpt: str | None, data: ImageData, directory: Path) -> str | None:

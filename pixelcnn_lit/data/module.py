@@ -147,11 +147,12 @@ class ImageData(L.LightningDataModule):
         )
 
 
-def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:
+def image_data(config: dict[str, Any], seed: Annotated[int, Range(0, 2**32 - 1)] = 0) -> ImageData:
     """The DataModule of a dataset config: keys that its `_target_` names go to the source, the others to ImageData.
 
     Everything is checked before anything is read.
     """
+    check("", image_data, {"seed": seed}, known={"config": config})
     source = resolve(config["_target_"], Images)
     own = inspect.signature(source).parameters
     arguments = {key: value for key, value in config.items() if key in own}

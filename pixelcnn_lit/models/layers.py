@@ -47,8 +47,8 @@ class CausalConv2d(nn.Module):
 
     def reach(self, seen: Tensor) -> Tensor:
         """The inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""
-        below = F.pad(seen.float()[None, None], (0, 0, 0, self.rows - 1))
-        return F.conv_transpose2d(below, self.mask.to(seen.device), padding=(self.rows - 1, self.half))[0, 0] > 0
+        below = F.pad(seen.to(self.mask)[None, None], (0, 0, 0, self.rows - 1))
+        return F.conv_transpose2d(below, self.mask, padding=(self.rows - 1, self.half))[0, 0] > 0
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -1,0 +1,46 @@
+"""Look at a dataset: python -m pixelcnn_lit.data dataset=cifar10 prints its statistics and draws nine images a class."""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchvision.io import write_png
+
+from pixelcnn_lit.command import command, run_dir
+from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.data.module import image_data, uniform_bpd
+from pixelcnn_lit.pictures import grid
+
+
+@command("data")
+def main(cfg: DictConfig) -> None:
+    config: dict[str, Any] = OmegaConf.to_container(cfg.dataset, resolve=True)  # pyright: ignore[reportAssignmentType]
+    data = image_data(config)
+    data.setup()
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    print(f"{data.label} ({uniform_bpd(data.levels):.4f} bpd for a uniform model)")
+    for name, split in splits.items():
+        mean, std = channel_statistics(split)
+        print(f"{name:>10}: {len(split)} images, mean {mean}, standard deviation {std} (of levels, per channel)")
+    print(f"{'class':>12}" + "".join(f"{name:>12}" for name in splits))
+    for label, class_name in enumerate(data.class_names):
+        print(f"{class_name:>12}" + "".join(f"{int((split.y == label).sum()):>12}" for split in splits.values()))
+    first_nine = [(data.train.y == label).nonzero()[:9, 0] for label in range(len(data.class_names))]
+    picture = grid(data.train.x[torch.cat(first_nine)], data.levels, per_row=9)
+    write_png(picture, str(run_dir() / "images.png"))
+    print(run_dir() / "images.png")
+
+
+def channel_statistics(split: Split) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over all pixels, from the counts of the levels: exact."""
+    mean, std = [], []
+    for channel in split.x.transpose(0, 1):
+        counts = torch.bincount(channel.flatten().int()).double()
+        level, share = torch.arange(len(counts)), counts / counts.sum()
+        mean.append(float((level * share).sum()))
+        std.append(float(((level - mean[-1]) ** 2 * share).sum().sqrt()))
+    return [round(m, 3) for m in mean], [round(s, 3) for s in std]
+
+
+if __name__ == "__main__":
+    main()

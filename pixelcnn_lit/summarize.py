@@ -1,0 +1,44 @@
+"""The table of a sweep, best first: python -m pixelcnn_lit.summarize DIRECTORY"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+COLUMNS = ("val/bpd", "test/bpd", "n_params", "images_per_second", "seconds")
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("error: type python -m pixelcnn_lit.summarize DIRECTORY, the directory of a sweep (or of many runs)")
+    jobs = sorted(path.parent.parent for path in Path(sys.argv[1]).rglob("hydra/overrides.yaml"))
+    if not jobs:
+        sys.exit(f"error: {sys.argv[1]}: no runs in it")
+    done = {job: json.loads((job / "result.json").read_text()) for job in jobs if (job / "result.json").is_file()}
+    print(*(f"{column:>17}" for column in COLUMNS), " job: overrides", sep="")
+    for job, result in sorted(done.items(), key=lambda item: item[1]["val/bpd"]):
+        cells = (_cell(result[column]) for column in COLUMNS)
+        print(*(f"{cell:>17}" for cell in cells), f"  {job}: {' '.join(result['overrides'])}", sep="")
+    for job in jobs:
+        if job not in done:
+            overrides = " ".join(OmegaConf.load(job / "hydra" / "overrides.yaml"))
+            print(f"{'failed':>17}  {job}: {overrides}\n{'':>17}  {_reason(job)}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value < 100 else f"{value:.0f}"
+
+
+def _reason(job: Path) -> str:
+    error = job / "error.txt"
+    return (
+        error.read_text().strip()
+        if error.is_file()
+        else "it left neither result.json nor error.txt: cut off, or running"
+    )
+
+
+if __name__ == "__main__":
+    main()

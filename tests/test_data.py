@@ -1,0 +1,286 @@
+"""The data: splits that do not overlap, orders that are functions of (seed, epoch), formats read right or refused."""
+
+import gzip
+import hashlib
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+from torchvision import datasets
+
+from pixelcnn_lit.command import CONF
+from pixelcnn_lit.data import images as once
+from pixelcnn_lit.data import loader as each
+from pixelcnn_lit.data import official
+from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.data.module import ImageData, image_data
+from pixelcnn_lit.errors import UserError
+
+
+def open_data(*overrides: str, seed: int = 0) -> ImageData:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("data", list(overrides))
+    data = image_data(OmegaConf.to_container(cfg.dataset, resolve=True), seed)
+    data.setup()
+    return data
+
+
+def test_digits_are_split_1297_250_250_without_overlap():
+    data = open_data()
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [1297, 250, 250]
+    assert data.facts["image_shape"] == [1, 8, 8]
+    assert data.facts["levels"] == 17
+    everything = torch.cat([s.x for s in (data.train, data.validation, data.test)]).flatten(1)
+    from sklearn.datasets import load_digits
+
+    assert torch.equal(everything.double().sort(0).values, torch.tensor(load_digits().data).sort(0).values)
+
+
+def test_the_validation_split_does_not_depend_on_the_seed():
+    x = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1)
+    train, validation = once.carve_validation(Split(x, torch.zeros(100).long()), 0.1, seed=0)
+    assert (len(train), len(validation)) == (90, 10)
+    assert sorted(torch.cat([train.x, validation.x]).flatten().tolist()) == list(range(100))
+    assert torch.equal(open_data(seed=1).validation.x, open_data(seed=2).validation.x)
+
+
+def epoch_of(data: ImageData, epoch: int) -> torch.Tensor:
+    loader = data.train_dataloader()
+    loader.batch_sampler.set_epoch(epoch)
+    return torch.cat([x for x, _ in loader])
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_whatever_the_workers():
+    augmented = ["dataset.random_crop=1", "dataset.horizontal_flip=true"]
+    here = open_data(*augmented, "dataset.num_workers=0", seed=3)
+    torch.manual_seed(1)
+    first = epoch_of(here, 0)
+    torch.manual_seed(2)
+    assert torch.equal(first, epoch_of(here, 0))
+    assert torch.equal(first, epoch_of(open_data(*augmented, "dataset.num_workers=2", seed=3), 0))
+    assert not torch.equal(first, epoch_of(here, 1))
+    assert not torch.equal(first, epoch_of(open_data(*augmented, seed=4), 0))
+
+
+def test_loading_takes_nothing_from_the_global_random_stream():
+    data = open_data()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    epoch_of(data, 0)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("n", [7, 8, 23])
+def test_evaluation_sees_each_image_once_over_all_ranks(n, world):
+    ranks = [each.Batches(n, 4, shuffle=False, rank=rank, world=world) for rank in range(world)]
+    seen = [p for rank in ranks for _, positions in rank for p in positions.tolist()]
+    assert sorted(seen) == list(range(n))
+    assert [len(list(rank)) for rank in ranks] == [len(rank) for rank in ranks]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_sees_no_image_twice_an_epoch_and_leaves_out_others_each_epoch(world):
+    def epoch(number):
+        ranks = [each.Batches(23, 4, shuffle=True, seed=0, rank=rank, world=world) for rank in range(world)]
+        for rank in ranks:
+            rank.set_epoch(number)
+        return [p for rank in ranks for _, positions in rank for p in positions.tolist()]
+
+    assert len(set(epoch(0))) == len(epoch(0)) == 23 // (4 * world) * 4 * world
+    assert set(epoch(0)) != set(epoch(1))
+
+
+def test_two_levels_are_a_threshold_or_a_draw_fixed_by_the_image():
+    static, dynamic = open_data("dataset.levels=2"), open_data("dataset.levels=2", "dataset.binarization=dynamic")
+    digits = open_data()
+    assert torch.equal(static.test.x, (digits.test.x * 2 >= 17).to(torch.uint8))
+    assert static.label == "digits 1×8×8, 2 levels, static binarization"
+    assert dynamic.label == "digits 1×8×8, 2 levels, dynamic binarization"
+    again = open_data("dataset.levels=2", "dataset.binarization=dynamic")
+    assert torch.equal(dynamic.test.x, again.test.x)
+    assert abs(dynamic.test.x.double().mean() - digits.test.x.double().mean() / 16) < 0.01
+    assert not torch.equal(epoch_of(dynamic, 0), epoch_of(dynamic, 1).sort(0).values)
+    x, _ = next(iter(dynamic.train_dataloader()))
+    assert set(x.unique().tolist()) == {0, 1}
+
+
+def test_resize_pad_and_augmentation_change_the_label_and_spare_the_scored_images():
+    data = open_data("dataset.resize=16", "dataset.pad=2", "dataset.horizontal_flip=true", "dataset.random_crop=1")
+    for said in ("digits 1×20×20", "resized to 16", "padded by 2", "trained with flips", "trained with crops of 1"):
+        assert said in data.label
+    scored = torch.cat([x for x, _ in data.test_dataloader()])
+    assert torch.equal(scored, data.test.x)
+
+
+def test_a_crop_is_a_shift_and_a_flip_a_mirror():
+    x = torch.arange(1, 17, dtype=torch.uint8).reshape(1, 1, 4, 4).repeat(64, 1, 1, 1)
+    cropped = each.crop(x, 1, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(x[:1], (1, 1, 1, 1))
+    windows = {tuple(padded[0, 0, i : i + 4, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)}
+    assert {tuple(image.flatten().tolist()) for image in cropped} == windows
+    flipped = each.flip(x, torch.Generator().manual_seed(0))
+    kinds = {tuple(image.flatten().tolist()) for image in flipped}
+    assert kinds == {tuple(x[0].flatten().tolist()), tuple(x[0].flip(-1).flatten().tolist())}
+
+
+def save_npz(path, **changes):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "train_images": rng.integers(256, size=(40, 6, 5, 3), dtype=np.uint8),
+        "train_labels": np.arange(40) % 4,
+        "test_images": rng.integers(256, size=(8, 6, 5, 3), dtype=np.uint8),
+        "test_labels": np.arange(8) % 4,
+        "class_names": np.array(["a", "b", "c", "d"]),
+    } | changes
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return arrays
+
+
+def test_npz_images_arrive_channels_first_with_their_names(tmp_path):
+    arrays = save_npz(tmp_path / "x.npz")
+    data = open_data("dataset=npz", f"dataset.path={tmp_path}/x.npz")
+    assert data.facts["image_shape"] == [3, 6, 5]
+    assert data.facts["class_names"] == ["a", "b", "c", "d"]
+    assert np.array_equal(data.test.x.permute(0, 2, 3, 1).numpy(), arrays["test_images"])
+    save_npz(tmp_path / "nameless.npz", class_names=None)
+    assert open_data("dataset=npz", f"dataset.path={tmp_path}/nameless.npz").class_names == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_labels": None}, "there is no test_labels"),
+        ({"train_labels": np.arange(40) % 5}, r"labels 0\.\.4 out of range; 4 classes take labels 0\.\.3"),
+        ({"test_images": np.zeros((8, 7, 5, 3), np.uint8)}, "different sizes"),
+        ({"test_images": np.zeros((8, 6, 5, 3), np.float32)}, "give uint8"),
+        ({"test_labels": np.zeros(7, int)}, "one label an image"),
+    ],
+)
+def test_npz_faults_are_named(tmp_path, changes, message):
+    save_npz(tmp_path / "x.npz", **changes)
+    with pytest.raises(UserError, match=message):
+        open_data("dataset=npz", f"dataset.path={tmp_path}/x.npz")
+
+
+def test_a_damaged_or_missing_npz_is_named(tmp_path):
+    save_npz(tmp_path / "x.npz")
+    whole = (tmp_path / "x.npz").read_bytes()
+    flipped = bytearray(whole)
+    flipped[300] ^= 255
+    for damaged in (whole[: len(whole) // 2], b"", b"not an archive", bytes(flipped)):
+        (tmp_path / "x.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            open_data("dataset=npz", f"dataset.path={tmp_path}/x.npz")
+    with pytest.raises(UserError, match="no such file"):
+        open_data("dataset=npz", f"dataset.path={tmp_path}/absent.npz")
+
+
+def save_folder(root, size=(5, 4), mode="RGB"):
+    for split, n in (("train", 6), ("test", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for k in range(n):
+                Image.new(mode, size, 40 * label + k if mode == "L" else (40 * label, k, 7)).save(
+                    root / split / name / f"{k}.png"
+                )
+
+
+def test_a_folder_of_png_files_is_read_grey_or_colour(tmp_path):
+    save_folder(tmp_path / "colour")
+    data = open_data("dataset=folder", f"dataset.path={tmp_path}/colour", "dataset.batch_size=4")
+    assert data.facts == {"image_shape": [3, 4, 5], "num_classes": 2, "levels": 256, "class_names": ["cat", "dog"]}
+    assert data.test.x[:, :, 0, 0].tolist() == [[0, 0, 7], [0, 1, 7], [40, 0, 7], [40, 1, 7]]
+    assert data.test.y.tolist() == [0, 0, 1, 1]
+    save_folder(tmp_path / "grey", mode="L")
+    assert open_data("dataset=folder", f"dataset.path={tmp_path}/grey").facts["image_shape"] == [1, 4, 5]
+
+
+def test_folder_faults_are_named(tmp_path):
+    with pytest.raises(UserError, match="train/<class>"):
+        open_data("dataset=folder", f"dataset.path={tmp_path}")
+    save_folder(tmp_path)
+    Image.new("RGB", (9, 9)).save(tmp_path / "train" / "dog" / "odd.png")
+    with pytest.raises(UserError, match=r"odd\.png.*one size"):
+        open_data("dataset=folder", f"dataset.path={tmp_path}")
+    (tmp_path / "train" / "dog" / "odd.png").write_bytes(b"no PNG")
+    with pytest.raises(UserError, match=r"odd\.png: not a readable PNG"):
+        open_data("dataset=folder", f"dataset.path={tmp_path}")
+
+
+@pytest.fixture
+def small_mnist(tmp_path, monkeypatch):
+    """30 + 10 images in MNIST's own format, whose checksums torchvision is told to expect."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(256, size=(30, 28, 28), dtype=np.uint8)
+    resources = []
+    for part, n in (("train", 30), ("t10k", 10)):
+        contents = {
+            f"{part}-images-idx3-ubyte.gz": struct.pack(">4i", 2051, n, 28, 28) + pixels[:n].tobytes(),
+            f"{part}-labels-idx1-ubyte.gz": struct.pack(">2i", 2049, n) + bytes(k % 10 for k in range(n)),
+        }
+        for name, content in contents.items():
+            (raw / name).write_bytes(gzip.compress(content))
+            resources.append((name, hashlib.md5((raw / name).read_bytes()).hexdigest()))
+    monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setitem(official.LENGTHS, "MNIST", (30, 10))
+    return tmp_path, pixels
+
+
+def test_mnist_files_are_read_with_no_network(small_mnist):
+    root, pixels = small_mnist
+    data = open_data("dataset=mnist", f"dataset.root={root}")
+    assert torch.equal(data.test.x, torch.from_numpy(pixels[:10, None]))
+    assert data.class_names == list("0123456789")
+    assert len(data.train) + len(data.validation) == 30
+
+
+def test_too_few_mnist_images_are_refused(small_mnist, monkeypatch):
+    root, _ = small_mnist
+    monkeypatch.setitem(official.LENGTHS, "MNIST", (60_000, 10_000))
+    with pytest.raises(UserError, match=r"has \(30, 10\) images"):
+        open_data("dataset=mnist", f"dataset.root={root}")
+
+
+def test_damaged_or_absent_mnist_gives_three_ways_out(small_mnist):
+    root, _ = small_mnist
+    (root / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"check the network.*copy the four.*dataset=digits"):
+        open_data("dataset=mnist", f"dataset.root={root}")
+
+
+def test_cifar10_batches_are_read_channels_first(tmp_path, monkeypatch):
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    pixels = np.random.default_rng(0).integers(256, size=(6, 3, 32, 32), dtype=np.uint8)
+    lists = {"train_list": [["data_batch_1", pixels[:4]]], "test_list": [["test_batch", pixels[4:]]]}
+    for attribute, entries in lists.items():
+        for name, x in entries:
+            (base / name).write_bytes(pickle.dumps({"data": x.reshape(len(x), -1), "labels": list(range(len(x)))}))
+        checked = [[name, hashlib.md5((base / name).read_bytes()).hexdigest()] for name, _ in entries]
+        monkeypatch.setattr(datasets.CIFAR10, attribute, checked)
+    names = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    digest = hashlib.md5((base / "batches.meta").read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": digest})
+    monkeypatch.setitem(official.LENGTHS, "CIFAR10", (4, 2))
+    data = open_data("dataset=cifar10", f"dataset.root={tmp_path}", "dataset.validation_fraction=0.5")
+    assert torch.equal(data.test.x, torch.from_numpy(pixels[4:]))
+    assert data.class_names == names
+
+
+def test_statistics_of_the_digits_agree_with_numpy():
+    from pixelcnn_lit.data.__main__ import channel_statistics
+
+    x = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8)
+    mean, std = channel_statistics(Split(x, torch.zeros(10).long()))
+    assert np.allclose(mean, x.double().mean((0, 2, 3)), atol=1e-3)
+    assert np.allclose(std, x.double().std((0, 2, 3), correction=0), atol=1e-3)

@@ -1,0 +1,184 @@
+"""The laws every network and likelihood must keep. Both are found from conf/: nothing to edit here to add one."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+
+from pixelcnn_lit.build import build
+from pixelcnn_lit.command import CONF
+
+TOLERANCE = 1e-9
+
+
+def stems(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def variants() -> list[str]:
+    """Each network as its yaml has it, and once more for each norm that it offers."""
+    found = []
+    for name in stems("model"):
+        config = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+        found += [name] + ([f"{name} model.norm=batch"] if "norm" in config else [])
+    return found
+
+
+NETWORKS, LIKELIHOODS = variants(), stems("likelihood")
+PAIRS = list(itertools.product(NETWORKS, LIKELIHOODS))
+
+
+def make(
+    network: str, likelihood: str, image_shape=(1, 4, 4), levels=3, num_classes=3, conditional=True, n_residual=1
+) -> tuple[nn.Module, nn.Module]:
+    """A tiny network and likelihood of conf/ in float64 and eval mode, every parameter and buffer redrawn."""
+    name, *overrides = network.split()
+    sizes = [
+        "model.hidden_channels=8",
+        f"model.n_residual={n_residual}",
+        f"model.conditional={str(conditional).lower()}",
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [f"model={name}", f"likelihood={likelihood}", "model_size=tiny", *sizes, *overrides])
+    config = {group: OmegaConf.to_container(cfg[group], resolve=True) for group in ("model", "likelihood")}
+    facts = {"image_shape": image_shape, "levels": levels}
+    inside = build("likelihood", config["likelihood"], nn.Module, **facts)
+    net = build("model", config["model"], nn.Module, num_classes=num_classes, out_channels=inside.out_channels, **facts)
+    redraw(net.double()), redraw(inside.double())
+    return net.eval(), inside.eval()
+
+
+@torch.no_grad()
+def redraw(module: nn.Module, seed: int = 0) -> None:
+    """Parameters and BatchNorm statistics from a normal: fresh weights hide leaks behind zeros.
+
+    Weights are scaled by their fan-in so that deep networks neither saturate nor vanish; masks stay as they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        fan_in = max(1, parameter[0].numel())
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 1.5 / fan_in**0.5)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(generator=generator)
+            layer.running_var.normal_(generator=generator).square_().add_(0.5)
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+
+
+def every_image(image_shape: tuple[int, ...], levels: int) -> torch.Tensor:
+    """All images of the shape and levels, uint8 [levels**CHW, C,H,W]."""
+    values = itertools.product(range(levels), repeat=int(torch.tensor(image_shape).prod()))
+    return torch.tensor(list(values), dtype=torch.uint8).reshape(-1, *image_shape)
+
+
+@pytest.mark.parametrize(("network", "likelihood"), PAIRS)
+@pytest.mark.parametrize(("image_shape", "levels"), [((1, 2, 3), 3), ((3, 1, 2), 3), ((3, 2, 2), 2)])
+@torch.no_grad()
+def test_law_1_the_probabilities_of_all_images_sum_to_one(network, likelihood, image_shape, levels):
+    net, inside = make(network, likelihood, image_shape, levels)
+    x = every_image(image_shape, levels)
+    for label in (0, 2, 3):  # two classes, and none
+        y = torch.full((len(x),), label)
+        total = inside.log_prob(net(x, y), x).sum((1, 2, 3)).exp().sum()
+        assert abs(total - 1) < TOLERANCE
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("image_shape", [(1, 7, 7), (3, 5, 6), (2, 2, 3), (1, 1, 1)])
+@pytest.mark.parametrize("network", NETWORKS)
+@torch.no_grad()
+def test_law_2_no_feature_sees_its_own_or_a_later_pixel(network, image_shape, mode):
+    net, _ = make(network, LIKELIHOODS[0], image_shape, levels=17, n_residual=2)
+    if mode == "train":
+        if not net.train_is_likelihood:
+            pytest.skip("its training-mode loss is not a likelihood, and it says so")
+        net.train()
+    _, height, width = image_shape
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(17, (2, *image_shape), generator=generator, dtype=torch.uint8)
+    y = torch.tensor([0, 2])
+    before = net(x, y)
+    for q in range(height * width):
+        changed = x.clone()
+        changed[:, :, q // width, q % width] = 16 - changed[:, :, q // width, q % width]
+        changed[0, 0, q // width, q % width] = (x[0, 0, q // width, q % width] + 1) % 17  # 8 = 16 - 8 changes nothing
+        after = net(changed, y)
+        assert torch.equal(after.flatten(2)[..., : q + 1], before.flatten(2)[..., : q + 1]), f"pixel {q} was seen"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@torch.no_grad()
+def test_law_3_the_features_see_every_pixel_of_the_claimed_context(network):
+    net, _ = make(network, LIKELIHOODS[0], (1, 7, 7), levels=17, n_residual=2)
+    x = torch.randint(17, (1, 1, 7, 7), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    y = torch.tensor([1])
+    # Image q of the batch has pixel q changed; compared at its own place in the batch, where rounding is the same.
+    unchanged, y = x.repeat(49, 1, 1, 1), y.repeat(49)
+    changed = unchanged.clone()
+    for q in range(49):
+        changed[q, 0, q // 7, q % 7] = (x[0, 0, q // 7, q % 7] + 8) % 17
+    seen = torch.zeros(49, 49, dtype=torch.bool)  # [p, q]: some redraw shows that p depends on q
+    for seed in range(5):
+        redraw(net, seed)
+        seen |= (net(changed, y) != net(unchanged, y)).any(1).flatten(1).T  # [B=q,D,H,W] -> [p,q]
+    for p in range(49):
+        claimed = net.context(p // 7, p % 7).flatten()
+        assert not claimed[p:].any()
+        assert torch.equal(seen[p], claimed), f"pixel {p}: sees {seen[p].nonzero()}, claims {claimed.nonzero()}"
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize(("channels", "levels"), [(1, 2), (1, 17), (3, 5), (3, 256)])
+@torch.no_grad()
+def test_law_4_log_prob_is_channel_logits_at_the_value(likelihood, channels, levels):
+    _, inside = make(NETWORKS[0], likelihood, (channels, 4, 4), levels)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, inside.out_channels, 4, 4, generator=generator, dtype=torch.float64)
+    x = torch.randint(levels, (2, channels, 4, 4), generator=generator, dtype=torch.uint8)
+    log_prob = inside.log_prob(features, x)
+    for c in range(channels):
+        logits = inside.channel_logits(features, x, c)
+        assert torch.allclose(logits.exp().sum(1), torch.ones(2, 4, 4, dtype=torch.float64), atol=TOLERANCE)
+        assert torch.equal(logits.gather(1, x[:, c, None].long())[:, 0], log_prob[:, c])
+        pixel = inside.channel_logits(features[:, :, 1, 2], x[:, :, 1, 2], c)
+        assert torch.allclose(pixel, logits[:, :, 1, 2], atol=1e-12)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@torch.no_grad()
+def test_bf16_features_are_raised_to_float32(likelihood):
+    _, inside = make(NETWORKS[0], likelihood, (3, 4, 4), 256)
+    features = torch.randn(2, inside.out_channels, 4, 4).bfloat16()
+    x = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert inside.float().log_prob(features, x).dtype == torch.float32
+        assert inside.double().log_prob(features.double(), x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@torch.no_grad()
+def test_the_class_matters_unless_unconditional(network):
+    x = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    for conditional in (True, False):
+        net, _ = make(network, LIKELIHOODS[0], conditional=conditional)
+        same = torch.equal(net(x, torch.tensor([0])), net(x, torch.tensor([1])))
+        assert same != conditional
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@torch.no_grad()
+def test_scaling_never_looks_at_the_data(network):
+    """A black image beside a white one and alone: published code divides by 255 only `if x.max() > 1`."""
+    net, _ = make(network, LIKELIHOODS[0], levels=256)
+    dark, y = torch.ones(1, 1, 4, 4, dtype=torch.uint8), torch.tensor([0])
+    beside = net(torch.cat([dark, 255 * dark]), y.repeat(2))[:1]
+    assert torch.allclose(net(dark, y), beside, atol=1e-12)
+
+
+def test_every_network_and_likelihood_is_tested():
+    assert {network.split()[0] for network, _ in PAIRS} == {path.stem for path in Path(CONF, "model").glob("*.yaml")}

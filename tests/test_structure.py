@@ -1,0 +1,115 @@
+"""The shape of the program: who imports whom, what the README shows, what the yaml files promise."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from pixelcnn_lit.command import CONF
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+# Lower floors know nothing of higher ones. A main stands on the roof: nobody imports it.
+FLOORS = (
+    ("errors", "noise", "pictures"),
+    ("build", "command"),
+    ("data", "models.layers", "likelihoods"),
+    ("models",),
+    ("samplers",),
+    ("lit", "machine"),
+    ("callbacks",),
+    ("train", "sample", "evaluate", "summarize", "data.__main__"),
+)
+
+
+def floor(module: str) -> int:
+    """The floor of the longest prefix of `module` that FLOORS names."""
+    names = {name: number for number, names in enumerate(FLOORS) for name in names}
+    parts = module.split(".")
+    return next(names[p] for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in names)
+
+
+def imports() -> set[tuple[str, str]]:
+    """Pairs (module, module it imports) inside the package, without the package's name."""
+    pairs = set()
+    for path in (ROOT / "pixelcnn_lit").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT / "pixelcnn_lit").with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pixelcnn_lit"):
+                inside = (node.module or "").removeprefix("pixelcnn_lit").lstrip(".")
+                for alias in node.names:
+                    whole = f"{inside}.{alias.name}".lstrip(".")
+                    is_module = (ROOT / "pixelcnn_lit" / Path(*whole.split("."))).with_suffix(".py").is_file()
+                    pairs.add((module, whole if is_module else inside))
+    return pairs
+
+
+def test_imports_go_down():
+    pairs = imports()
+    assert len(pairs) > 20
+    upwards = [(a, b) for a, b in pairs if floor(a) < floor(b)]
+    assert not upwards
+    roof = [(a, b) for a, b in pairs if floor(b) == len(FLOORS) - 1]
+    assert not roof, "a main is imported by nobody"
+
+
+def room(module: str) -> str:
+    """The box of the README's picture that a module stands in."""
+    if floor(module) == len(FLOORS) - 1:
+        return "mains"
+    return module.split(".")[0]
+
+
+def test_the_picture_in_the_readme_is_the_import_graph():
+    drawn = set(re.findall(r"^ *(\w+) --> (\w+)$", README, re.MULTILINE))
+    real = {(room(a), room(b)) for a, b in imports() if room(a) != room(b)}
+    plumbing = {"errors", "build", "command", "noise", "pictures", "machine"}  # drawn as one box, without arrows
+    assert drawn == {(a, b) for a, b in real if not {a, b} & plumbing}
+
+
+def commands(text: str) -> list[str]:
+    """Every `python -m pixelcnn_lit.X ...` in a text, X a Hydra main."""
+    return re.findall(r"python -m pixelcnn_lit\.(?!summarize)([^`\n#]+)", text)
+
+
+EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("command", commands(README) + [c for e in EXPERIMENTS for c in commands(e.read_text())])
+def test_every_command_that_we_show_composes(command):
+    name, *overrides = shlex.split(command)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        compose(name, [o for o in overrides if o != "-m" and not re.search(r"=[^\[]*,", o)])
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_opens_with_its_own_command(path):
+    first, second = path.read_text().splitlines()[:2]
+    assert first == "# @package _global_"
+    assert second.startswith(f"# python -m pixelcnn_lit.train experiment={path.stem}")
+
+
+def test_the_baseline_is_the_published_one():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for dataset in ("cifar10", "mnist"):
+            cfg = compose("train", [f"experiment=baseline_{dataset}"])
+            assert (cfg.model.hidden_channels, cfg.model.n_residual, cfg.model.norm) == (256, 15, "batch")
+            assert cfg.likelihood.colour == "independent"
+            assert cfg.optimizer._target_.endswith(".Adam")
+            assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (3e-4, 1e-5)
+            assert cfg.scheduler._target_.endswith(".ReduceLROnPlateau")
+            assert (cfg.scheduler.factor, cfg.scheduler.patience) == (0.5, 5)
+            assert (cfg.trainer.max_epochs, cfg.dataset.batch_size) == (30, 128)
+            assert (cfg.sampler.temperature, cfg.sampler.n_per_class) == (0.6, 2)
+            assert cfg.dataset.resize == (32 if dataset == "mnist" else None)
+            assert "ema" not in cfg.callbacks
+
+
+def test_model_sizes_set_two_numbers_and_nothing_else():
+    sizes = {path.stem: OmegaConf.load(path) for path in (CONF / "model_size").glob("*.yaml")}
+    expected = {"tiny": (16, 2), "small": (64, 5), "base": (256, 15), "large": (384, 20)}
+    assert sizes == {k: {"hidden_channels": h, "n_residual": n} for k, (h, n) in expected.items()}

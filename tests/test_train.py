@@ -1,0 +1,212 @@
+"""Training end to end on the digits, and what a run leaves behind."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import pixelcnn_lit.evaluate
+import pixelcnn_lit.sample
+import pixelcnn_lit.summarize
+import pixelcnn_lit.train
+from pixelcnn_lit.command import CONF
+from pixelcnn_lit.data.module import image_data
+from pixelcnn_lit.lit import DensityModel, load
+
+TINY = ["model_size=tiny", "trainer=cpu", "trainer.limit_train_batches=4", "sampler.n_per_class=1"]
+
+
+def command(monkeypatch, main, *overrides: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *overrides])
+    main()
+
+
+def one_run(directory: Path, *overrides: str) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        command(patch, pixelcnn_lit.train.main, *TINY, "trainer.max_epochs=2", f"run_dir={directory}", *overrides)
+    return json.loads((directory / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    one_run(directory)
+    return directory
+
+
+def test_a_run_leaves_result_settings_checkpoints_and_pictures(run):
+    result = json.loads((run / "result.json").read_text())
+    for key in (
+        "val/nll",
+        "val/bpd",
+        "test/bpd",
+        "n_params",
+        "images_per_second",
+        "seconds",
+        "checkpoint",
+        "overrides",
+    ):
+        assert result[key], key
+    assert result["val/bpd"] == pytest.approx(result["val/nll"] / math.log(2), rel=1e-12)
+    assert result["uniform_bpd"] == math.log2(17)
+    assert result["steps"] == 8
+    for left in ("config.yaml", "real.png", "samples.png", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        assert (run / left).stat().st_size > 100, left
+    saved = OmegaConf.load(run / "config.yaml")
+    assert saved.model.hidden_channels == 16
+    assert OmegaConf.to_container(saved, resolve=True)  # nothing is left to resolve
+
+
+def test_tensorboard_has_scalars_pictures_and_hparams(run):
+    events = EventAccumulator(str(run)).Reload()
+    assert {"train/nll", "val/nll", "val/bpd", "test/bpd", "best/val_bpd", "lr-AdamW"} <= set(events.Tags()["scalars"])
+    assert set(events.Tags()["images"]) == {"real", "samples"}
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_a_checkpoint_is_plain_and_rebuilds_itself_to_the_bit(run):
+    """Law 6. Loaded where no yaml is read; asked twice, it gives the same bits."""
+    path = run / "checkpoints" / "best.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert content["hyper_parameters"]["class_names"] == [str(c) for c in range(10)]
+    x = torch.randint(17, (3, 1, 8, 8), dtype=torch.uint8)
+    y = torch.tensor([0, 5, 10])
+    with torch.no_grad():
+        first, second = load(str(path)).nats(x, y), load(str(path)).nats(x, y)
+    assert torch.equal(first, second)
+    code = f"import pixelcnn_lit.lit as l, torch; m = l.load({str(path)!r}); print(m.nats(*torch.load('b')).tolist())"
+    torch.save((x, y), run / "b")
+    printed = subprocess.run([sys.executable, "-c", code], cwd=run, capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed) == first.tolist()
+
+
+def test_masked_weights_never_leave_zero(run):
+    """Published code multiplies weight.data in forward: between a step and the next forward the weights leak."""
+    weights = load(str(run / "checkpoints" / "last.ckpt")).net
+    layers = [m for m in weights.modules() if hasattr(m, "mask")]
+    assert layers
+    for layer in layers:
+        assert not (layer.weight * (1 - layer.mask)).any()
+
+
+def test_evaluate_reproduces_the_figures_of_the_run(run, monkeypatch, tmp_path, capsys):
+    result = json.loads((run / "result.json").read_text())
+    for split, key in (("test", "test/bpd"), ("validation", "val/bpd")):
+        checkpoint = f"ckpt={run}/checkpoints/best.ckpt"
+        out = [f"run_dir={tmp_path / split}", "trainer=cpu"]
+        command(monkeypatch, pixelcnn_lit.evaluate.main, checkpoint, f"split={split}", *out)
+        scored = json.loads((tmp_path / split / "evaluation.json").read_text())
+        assert scored["images"] == 250
+        assert scored["bpd"] == pytest.approx(result[key], abs=1e-6)
+        assert f"all  {result[key]:.4f} bpd" in capsys.readouterr().out
+    weights = [(load_digits(split) == c).sum() for split in ["test"] for c in range(10)]
+    mean = np.average(list(result["test/bpd_per_class"].values()), weights=weights)
+    assert mean == pytest.approx(result["test/bpd"], abs=1e-6)
+
+
+def load_digits(split: str) -> np.ndarray:
+    return getattr(digits(), split).y.numpy()
+
+
+def digits():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        data = image_data(OmegaConf.to_container(compose("data").dataset, resolve=True))
+    data.setup()
+    return data
+
+
+def test_sample_draws_the_asked_classes_and_the_same_ones_again(run, monkeypatch, tmp_path):
+    asked = [f"ckpt={run}/checkpoints/best.ckpt", "classes=[3,7]", "sampler.n_per_class=2", "sampler.temperature=0.6"]
+    for name in ("a", "b"):
+        command(monkeypatch, pixelcnn_lit.sample.main, *asked, f"run_dir={tmp_path / name}")
+    a, b = (np.load(tmp_path / name / "samples.npz") for name in ("a", "b"))
+    assert a["images"].shape == (4, 8, 8, 1)
+    assert a["labels"].tolist() == [3, 3, 7, 7]
+    assert np.array_equal(a["images"], b["images"])
+    assert (tmp_path / "a" / "samples.png").stat().st_size > 100
+
+
+def test_the_mean_counts_every_image_once_whatever_the_batches(run):
+    """250 images in batches of 7, 32 and 250: published code averages the means of batches, the short one too."""
+    model, data = load(str(run / "checkpoints" / "best.ckpt")), digits()
+    with torch.no_grad():
+        exact = model.nats(data.test.x, data.test.y).double().mean() / 64 / math.log(2)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    for data.batch_size in (7, 32, 250):
+        trainer.test(model, data.test_dataloader(), verbose=False)
+        assert float(trainer.callback_metrics["test/bpd"]) == pytest.approx(float(exact), abs=1e-6)
+
+
+def test_a_uniform_model_scores_log2_of_the_levels(run):
+    model = load(str(run / "checkpoints" / "best.ckpt"))
+    last = list(model.net.modules())[-1]
+    torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
+    data = digits()
+    with torch.no_grad():
+        nats = model.nats(data.test.x, data.test.y)
+    assert torch.allclose(nats / 64 / math.log(2), torch.tensor(math.log2(17)), atol=1e-5)
+
+
+def test_sample_grids_do_not_disturb_training(tmp_path):
+    seldom = one_run(tmp_path / "a", "callbacks.samples.every_n_epochs=0")
+    often = one_run(tmp_path / "b", "callbacks.samples.every_n_epochs=1")
+    assert seldom["val/nll"] == often["val/nll"]
+    assert seldom["test/bpd"] == often["test/bpd"]
+
+
+def test_the_published_block_trains_and_says_that_its_training_loss_is_no_likelihood(tmp_path):
+    one_run(tmp_path, "model.norm=batch", "optimizer=adam", "scheduler=plateau", "callbacks=no_ema")
+    assert not load(str(tmp_path / "checkpoints" / "last.ckpt")).net.train_is_likelihood
+
+
+def test_an_unconditional_model_trains_and_draws_one_row(tmp_path):
+    one_run(tmp_path, "model.conditional=false")
+    assert load(str(tmp_path / "checkpoints" / "best.ckpt")).classes == [10]
+
+
+def test_binary_images_get_nats_an_image_too(tmp_path):
+    result = one_run(tmp_path, "dataset.levels=2", "dataset.binarization=dynamic")
+    assert result["test/nats_per_image"] == pytest.approx(result["test/nll"] * 64, rel=1e-5)
+    assert "dynamic binarization" in result["label"]
+
+
+def test_a_run_resumed_after_its_first_epoch_ends_like_one_never_stopped(tmp_path):
+    settings = ["scheduler=plateau", "model.dropout=0"]  # neither depends on how long the run was meant to be
+    whole = one_run(tmp_path / "whole", *settings)
+    one_run(tmp_path / "half", *settings, "trainer.max_epochs=1")
+    resumed = one_run(tmp_path / "half", *settings, "ckpt=last")
+    assert resumed["steps"] == whole["steps"] == 8
+    assert (resumed["val/nll"], resumed["test/bpd"]) == (whole["val/nll"], whole["test/bpd"])
+
+
+def test_label_dropout_hides_the_class_from_some_images(run):
+    settings = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["hyper_parameters"]
+    model = DensityModel(**settings | {"label_dropout": 1.0})
+    seen = []
+    model.net.embed.register_forward_pre_hook(lambda _, y: seen.append(y[0]))
+    model.log = lambda *_, **__: None
+    model.training_step((torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 3])), 0)
+    assert seen[0].tolist() == [10] * 4
+
+
+def test_a_sweep_leaves_a_table_and_names_its_failed_jobs(tmp_path, monkeypatch, capsys):
+    sweep = [*TINY, "trainer.max_epochs=1", f"run_dir={tmp_path}", "callbacks.samples.every_n_epochs=0"]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, pixelcnn_lit.train.main, "-m", *sweep, "model.n_residual=-1,1,2")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["summarize", str(tmp_path)])
+    pixelcnn_lit.summarize.main()
+    table = capsys.readouterr().out
+    rows = [line for line in table.splitlines() if "model.n_residual=" in line]
+    assert len(rows) == 4  # two results, the failed job, its reason
+    assert float(rows[0].split()[0]) <= float(rows[1].split()[0])
+    assert "model.n_residual=-1: must be a whole number >= 1" in table
