@@ -8,7 +8,7 @@ import importlib
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -56,16 +56,24 @@ def build(where: str, config: Mapping[str, Any], kind: type, **facts: Any) -> An
 
     `where` is the config group, for the messages ("model.n_residual=-1: ...").
     """
-    target = resolve(config["_target_"], kind)
-    values = {key: value for key, value in config.items() if key != "_target_"}
-    check(where, target, values, known=facts)
+    target, values = inspect_config(where, config, kind, facts)
     try:
         return target(**facts, **values)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], known: Mapping[str, Any] = {}) -> None:
+def inspect_config(
+    where: str, config: Mapping[str, Any], kind: type, known: Collection[str]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The target of a config and its checked values, before all that is `known` only later is at hand."""
+    target = resolve(config["_target_"], kind)
+    values = {key: value for key, value in config.items() if key != "_target_"}
+    check(where, target, values, known)
+    return target, values
+
+
+def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], known: Collection[str] = ()) -> None:
     """Check names, types and ranges of `values` against the annotations of `function`.
 
     `known` are the arguments the program fills in; they are neither checked nor missing. `where` may be empty.

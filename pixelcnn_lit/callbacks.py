@@ -7,10 +7,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from torchvision.io import write_png
+from torch import Tensor
 
+from pixelcnn_lit.build import inspect_config
 from pixelcnn_lit.lit import DensityModel
-from pixelcnn_lit.pictures import grid
+from pixelcnn_lit.pictures import grid, save
 
 
 class SampleGrid(Callback):
@@ -25,6 +26,7 @@ class SampleGrid(Callback):
     """
 
     def __init__(self, sampler: dict[str, Any], every_n_epochs: int = 10) -> None:
+        inspect_config("sampler", sampler, Tensor, DensityModel.DRAW_FACTS)  # now, not after hours of training
         self.sampler, self.every_n_epochs = dict(sampler), every_n_epochs
         self.path: Path | None = None
 
@@ -50,7 +52,7 @@ class SampleGrid(Callback):
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.experiment.add_image(name, picture, trainer.global_step)
         path = Path(trainer.default_root_dir) / f"{name}.png"
-        write_png(picture, str(path))
+        save(picture, path)
         return path
 
 

@@ -11,7 +11,7 @@ from hydra.errors import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from torch import OutOfMemoryError
 
 
@@ -33,8 +33,10 @@ def explain(error: BaseException) -> str | None:
             return str(error)
         case MissingConfigException():
             return _missing_config(error)
-        case ConfigCompositionException() if isinstance(error.__cause__, ConfigKeyError):
+        case ConfigCompositionException() if isinstance(error.__cause__, (ConfigKeyError, ConfigAttributeError)):
             return _unknown_key(error.__cause__)
+        case InstantiationException() if isinstance(error.__cause__, UserError):
+            return str(error.__cause__)
         case OverrideParseException():
             return f"{error.override}: not an override; type key=value"
         case (
@@ -56,7 +58,7 @@ def _missing_config(error: MissingConfigException) -> str:
     return f"{group}={choice}: there is no such {group}; {closest(choice, error.options or [])}"
 
 
-def _unknown_key(error: ConfigKeyError) -> str:
+def _unknown_key(error: OmegaConfBaseException) -> str:
     parent = error.parent_node
     siblings = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
     return f"{error.full_key}: there is no such setting; {closest(str(error.key), siblings)}"

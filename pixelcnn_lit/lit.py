@@ -153,18 +153,13 @@ class DensityModel(L.LightningModule):
             "monitor": "val/nll",  # read by ReduceLROnPlateau alone
         }
 
+    DRAW_FACTS = ("net", "likelihood", "y", "image_shape", "progress")
+
     def draw(self, sampler: dict[str, Any], classes: list[int] | None = None, progress: bool = False) -> Tensor:
         """Images of each class in turn, `sampler["n_per_class"]` of each: uint8 [B,C,H,W] on this device."""
-        return build(
-            "sampler",
-            sampler,
-            Tensor,
-            net=self.net,
-            likelihood=self.likelihood,
-            y=torch.tensor(self.classes if classes is None else classes, device=self.device),
-            image_shape=self.image_shape,
-            progress=progress,
-        )
+        y = torch.tensor(self.classes if classes is None else classes, device=self.device)
+        facts = (self.net, self.likelihood, y, self.image_shape, progress)
+        return build("sampler", sampler, Tensor, **dict(zip(self.DRAW_FACTS, facts, strict=True)))
 
 
 def load(path: str) -> DensityModel:

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 
 from pixelcnn_lit.build import check
+from pixelcnn_lit.errors import UserError
 
 
 def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
@@ -24,7 +25,11 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
     # Our loaders stride over the ranks themselves; gathering whole batches needs few workers.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.15
-    return L.Trainer(**settings, **extra, use_distributed_sampler=False, enable_model_summary=False)
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # as it is when a run goes on
+    try:
+        return L.Trainer(**settings, **extra, use_distributed_sampler=False, enable_model_summary=False)
+    except ValueError as error:
+        raise UserError(f"trainer: {error}") from error
 
 
 def fast_bf16(accelerator: str) -> bool:

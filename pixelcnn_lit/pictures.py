@@ -1,6 +1,9 @@
 """Images as one picture to look at."""
 
+from pathlib import Path
+
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -11,3 +14,8 @@ def grid(images: Tensor, levels: int, per_row: int, min_side: int = 32) -> Tenso
     factor = -(-min_side // min(shown.shape[-2:]))
     shown = shown.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     return make_grid(shown, nrow=per_row, padding=2, pad_value=128)
+
+
+def save(picture: Tensor, path: Path) -> None:
+    """Write an RGB picture uint8 [3,H,W] as PNG."""
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)

@@ -4,13 +4,12 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
-from torchvision.io import write_png
 
 from pixelcnn_lit.command import command, run_dir
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import load
 from pixelcnn_lit.machine import best_device
-from pixelcnn_lit.pictures import grid
+from pixelcnn_lit.pictures import grid, save
 
 
 @command("sample")
@@ -26,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     n = config["sampler"]["n_per_class"]
     images = model.draw(config["sampler"], classes, progress=True).cpu()
     directory = run_dir()
-    write_png(grid(images, model.levels, n), str(directory / "samples.png"))
+    save(grid(images, model.levels, n), directory / "samples.png")
     np.savez(directory / "samples.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=np.repeat(classes, n))
     print(f"{len(images)} images of classes {classes}: {directory / 'samples.png'} and samples.npz beside it")
 

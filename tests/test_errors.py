@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,7 +48,13 @@ def checkpoint(tmp_path_factory) -> str:
     return str(directory / "checkpoints" / "best.ckpt")
 
 
-TINY = ["model_size=tiny", "trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=1"]
+TINY = [
+    "model_size=tiny",
+    "trainer=cpu",
+    "trainer.max_epochs=1",
+    "trainer.log_every_n_steps=1",
+    "trainer.limit_train_batches=1",
+]
 TINY += ["callbacks.samples.every_n_epochs=0", "sampler.n_per_class=1"]
 
 TYPOS = [
@@ -100,15 +107,14 @@ def test_the_traceback_is_there_for_those_who_ask(run, monkeypatch, way):
 
 
 def damage(path: str, out: str, how: str) -> str:
-    content = bytearray(open(path, "rb").read())
+    content = bytearray(Path(path).read_bytes())
     if how == "truncated":
         content = content[: len(content) // 2]
     elif how == "empty":
         content = bytearray()
     else:
         content[len(content) // 2] ^= 255
-    with open(out, "wb") as file:
-        file.write(content)
+    Path(out).write_bytes(content)
     return out
 
 

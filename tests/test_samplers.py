@@ -38,7 +38,7 @@ def test_an_image_does_not_depend_on_its_batch_or_on_the_training_mode(network, 
 @pytest.mark.parametrize("network", NETWORKS)
 @torch.no_grad()
 def test_each_value_is_the_inverse_cdf_of_its_noise_given_the_finished_image(network):
-    """What sampling pixel by pixel drew, one look at the whole image confirms: rows below the current one matter not."""
+    """What sampling pixel by pixel drew, one look at the whole image confirms."""
     shape, temperature = (3, 4, 5), 0.7
     net, inside = make(network, "categorical", shape, levels=17)
     y = torch.tensor([2, 3])

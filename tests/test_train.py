@@ -22,7 +22,13 @@ from pixelcnn_lit.command import CONF
 from pixelcnn_lit.data.module import image_data
 from pixelcnn_lit.lit import DensityModel, load
 
-TINY = ["model_size=tiny", "trainer=cpu", "trainer.limit_train_batches=4", "sampler.n_per_class=1"]
+TINY = [
+    "model_size=tiny",
+    "trainer=cpu",
+    "trainer.log_every_n_steps=1",
+    "trainer.limit_train_batches=4",
+    "sampler.n_per_class=1",
+]
 
 
 def command(monkeypatch, main, *overrides: str) -> None:

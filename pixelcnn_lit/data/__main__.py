@@ -1,15 +1,14 @@
-"""Look at a dataset: python -m pixelcnn_lit.data dataset=cifar10 prints its statistics and draws nine images a class."""
+"""Look at a dataset: its statistics, and nine images a class.  python -m pixelcnn_lit.data dataset=cifar10"""
 
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torchvision.io import write_png
 
 from pixelcnn_lit.command import command, run_dir
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.data.module import image_data, uniform_bpd
-from pixelcnn_lit.pictures import grid
+from pixelcnn_lit.pictures import grid, save
 
 
 @command("data")
@@ -27,7 +26,7 @@ def main(cfg: DictConfig) -> None:
         print(f"{class_name:>12}" + "".join(f"{int((split.y == label).sum()):>12}" for split in splits.values()))
     first_nine = [(data.train.y == label).nonzero()[:9, 0] for label in range(len(data.class_names))]
     picture = grid(data.train.x[torch.cat(first_nine)], data.levels, per_row=9)
-    write_png(picture, str(run_dir() / "images.png"))
+    save(picture, run_dir() / "images.png")
     print(run_dir() / "images.png")
 
 

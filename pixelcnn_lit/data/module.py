@@ -40,9 +40,9 @@ class ImageData(L.LightningDataModule):
         batch_size: Annotated[int, Range(1)] = 128,
         num_workers: Annotated[int, Range(0)] = 2,
         validation_fraction: Annotated[float, Range(0, 1)] = 0.1,
-        levels: Annotated[int | None, Range(2, 256)] = None,
+        levels: Annotated[int, Range(2, 256)] | None = None,
         binarization: Literal["static", "dynamic"] = "static",
-        resize: Annotated[int | None, Range(1)] = None,
+        resize: Annotated[int, Range(1)] | None = None,
         pad: Annotated[int, Range(0)] = 0,
         horizontal_flip: bool = False,
         random_crop: Annotated[int, Range(0)] = 0,
@@ -152,13 +152,13 @@ def image_data(config: dict[str, Any], seed: Annotated[int, Range(0, 2**32 - 1)]
 
     Everything is checked before anything is read.
     """
-    check("", image_data, {"seed": seed}, known={"config": config})
+    check("", image_data, {"seed": seed}, known=("config",))
     source = resolve(config["_target_"], Images)
     own = inspect.signature(source).parameters
     arguments = {key: value for key, value in config.items() if key in own}
     options = {key: value for key, value in config.items() if key not in own and key != "_target_"}
     check("dataset", source, arguments)
-    check("dataset", ImageData, options, known={"load": None, "seed": seed})
+    check("dataset", ImageData, options, known=("load", "seed"))
     return ImageData(partial(source, **arguments), seed=seed, **options)
 
 

@@ -19,7 +19,7 @@ def npz(path: str) -> Images:
     if not Path(path).is_file():
         raise UserError(f"dataset.path={path}: no such file; type dataset.path=FILE.npz")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             train, test = (_split(path, archive, part) for part in ("train", "test"))
             names = archive["class_names"].tolist() if "class_names" in archive else None
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, TypeError) as error:
