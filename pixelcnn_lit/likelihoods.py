@@ -42,17 +42,20 @@ class Categorical(nn.Module):
 
     def channel_logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
         """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32."""
+        return self._levels_last(features, x, c).movedim(-1, 1)
+
+    def log_prob(self, features: Tensor, x: Tensor) -> Tensor:
+        """Nats of each value: features [B,D,H,W], x uint8 [B,C,H,W] -> [B,C,H,W]."""
+        channels = (self._levels_last(features, x, c) for c in range(self.channels))
+        return torch.stack([p.gather(-1, x[:, c, ..., None].long())[..., 0] for c, p in enumerate(channels)], dim=1)
+
+    def _levels_last(self, features: Tensor, x: Tensor, c: int) -> Tensor:
+        """channel_logits as [B,...,V]: what channels-last memory, Linear and Embedding have at hand without a copy."""
         with torch.autocast(features.device.type, enabled=False):
             wide = features.to(torch.promote_types(features.dtype, torch.float32))
-            # [B,...,width or V]: features last, as channels-last memory, Linear and Embedding have them
             h = wide.movedim(1, -1).unflatten(-1, (self.channels, -1))[..., c, :]
             if self.has_head:
                 for b in range(c):
                     h = h + self.tables[f"{b}_{c}"](x[:, b].long())
                 h = self.heads[c](F.relu(h))
-            return h.log_softmax(-1).movedim(-1, 1)
-
-    def log_prob(self, features: Tensor, x: Tensor) -> Tensor:
-        """Nats of each value: features [B,D,H,W], x uint8 [B,C,H,W] -> [B,C,H,W]."""
-        logits = (self.channel_logits(features, x, c) for c in range(self.channels))
-        return torch.cat([row.gather(1, x[:, c, None].long()) for c, row in enumerate(logits)], dim=1)
+            return h.log_softmax(-1)
