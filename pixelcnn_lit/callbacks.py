@@ -38,7 +38,7 @@ class SampleGrid(Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DensityModel) -> None:
         epoch = trainer.current_epoch + 1
-        last = epoch == trainer.max_epochs
+        last = epoch == trainer.max_epochs or trainer.should_stop
         if trainer.sanity_checking or not (last or (self.every_n_epochs and epoch % self.every_n_epochs == 0)):
             return
         if trainer.is_global_zero:
@@ -81,6 +81,16 @@ class Stopwatch(Callback):
     @property
     def images_per_second(self) -> float:
         return self.images / max(self.seconds, 1e-9)
+
+
+class ScoreAtTheEnd(Callback):
+    """Validate when `max_steps` ends training inside an epoch, which Lightning does not: no score, no checkpoint."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
 
 
 class EpochLine(Callback):

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from pixelcnn_lit.build import check
-from pixelcnn_lit.callbacks import EpochLine, HParams, SampleGrid, Stopwatch
+from pixelcnn_lit.callbacks import EpochLine, HParams, SampleGrid, ScoreAtTheEnd, Stopwatch
 from pixelcnn_lit.command import command, run_dir
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.lit import DensityModel, bits, load, read_checkpoint, require_same_data
@@ -33,9 +33,10 @@ def main(cfg: DictConfig) -> None:
     model = density_model(config, data)
     callbacks: list[Callback] = [hydra.utils.instantiate(c) for c in cfg.callbacks.values()]
     stopwatch = Stopwatch()
+    progress = [] if sys.stdout.isatty() else [EpochLine()]
     trainer = make_trainer(
         config["trainer"],
-        callbacks=[*callbacks, stopwatch, HParams(), *([] if sys.stdout.isatty() else [EpochLine()])],
+        callbacks=[*callbacks, stopwatch, HParams(), ScoreAtTheEnd(), *progress],
         logger=TensorBoardLogger(directory, name="", version="", default_hp_metric=False),
         default_root_dir=directory,
     )

@@ -36,7 +36,7 @@ def run(monkeypatch, tmp_path, capsys):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
     """A digits checkpoint of one step."""
     directory = tmp_path_factory.mktemp("run")

@@ -76,6 +76,42 @@ def every_image(image_shape: tuple[int, ...], levels: int) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.uint8).reshape(-1, *image_shape)
 
 
+@torch.no_grad()
+def check_no_future(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Law 2 of a network of 17 levels and 3 classes: changing pixel q changes no feature at any p <= q, to the bit."""
+    _, height, width = image_shape
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(17, (2, *image_shape), generator=generator, dtype=torch.uint8)
+    y = torch.tensor([0, 2])
+    before = net(x, y)
+    for q in range(height * width):
+        changed = x.clone()
+        changed[:, :, q // width, q % width] = 16 - changed[:, :, q // width, q % width]
+        changed[0, 0, q // width, q % width] = (x[0, 0, q // width, q % width] + 1) % 17  # 8 = 16 - 8 changes nothing
+        after = net(changed, y)
+        assert torch.equal(after.flatten(2)[..., : q + 1], before.flatten(2)[..., : q + 1]), f"pixel {q} was seen"
+
+
+@torch.no_grad()
+def check_context(net: nn.Module) -> None:
+    """Law 3 of a network of 17 levels on [1,7,7]: the pixels that some redraw shows to be seen are `context`."""
+    x = torch.randint(17, (1, 1, 7, 7), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    y = torch.tensor([1])
+    # Image q of the batch has pixel q changed; compared at its own place in the batch, where rounding is the same.
+    unchanged, y = x.repeat(49, 1, 1, 1), y.repeat(49)
+    changed = unchanged.clone()
+    for q in range(49):
+        changed[q, 0, q // 7, q % 7] = (x[0, 0, q // 7, q % 7] + 8) % 17
+    seen = torch.zeros(49, 49, dtype=torch.bool)  # [p, q]: some redraw shows that p depends on q
+    for seed in range(5):
+        redraw(net, seed)
+        seen |= (net(changed, y) != net(unchanged, y)).any(1).flatten(1).T  # [B=q,D,H,W] -> [p,q]
+    for p in range(49):
+        claimed = net.context(p // 7, p % 7).flatten()
+        assert not claimed[p:].any()
+        assert torch.equal(seen[p], claimed), f"pixel {p}: sees {seen[p].nonzero()}, claims {claimed.nonzero()}"
+
+
 @pytest.mark.parametrize(("network", "likelihood"), PAIRS)
 @pytest.mark.parametrize(("image_shape", "levels"), [((1, 2, 3), 3), ((3, 1, 2), 3), ((3, 2, 2), 2)])
 @torch.no_grad()
@@ -98,38 +134,14 @@ def test_law_2_no_feature_sees_its_own_or_a_later_pixel(network, image_shape, mo
         if not net.train_is_likelihood:
             pytest.skip("its training-mode loss is not a likelihood, and it says so")
         net.train()
-    _, height, width = image_shape
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randint(17, (2, *image_shape), generator=generator, dtype=torch.uint8)
-    y = torch.tensor([0, 2])
-    before = net(x, y)
-    for q in range(height * width):
-        changed = x.clone()
-        changed[:, :, q // width, q % width] = 16 - changed[:, :, q // width, q % width]
-        changed[0, 0, q // width, q % width] = (x[0, 0, q // width, q % width] + 1) % 17  # 8 = 16 - 8 changes nothing
-        after = net(changed, y)
-        assert torch.equal(after.flatten(2)[..., : q + 1], before.flatten(2)[..., : q + 1]), f"pixel {q} was seen"
+    check_no_future(net, image_shape)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 @torch.no_grad()
 def test_law_3_the_features_see_every_pixel_of_the_claimed_context(network):
     net, _ = make(network, LIKELIHOODS[0], (1, 7, 7), levels=17, n_residual=2)
-    x = torch.randint(17, (1, 1, 7, 7), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    y = torch.tensor([1])
-    # Image q of the batch has pixel q changed; compared at its own place in the batch, where rounding is the same.
-    unchanged, y = x.repeat(49, 1, 1, 1), y.repeat(49)
-    changed = unchanged.clone()
-    for q in range(49):
-        changed[q, 0, q // 7, q % 7] = (x[0, 0, q // 7, q % 7] + 8) % 17
-    seen = torch.zeros(49, 49, dtype=torch.bool)  # [p, q]: some redraw shows that p depends on q
-    for seed in range(5):
-        redraw(net, seed)
-        seen |= (net(changed, y) != net(unchanged, y)).any(1).flatten(1).T  # [B=q,D,H,W] -> [p,q]
-    for p in range(49):
-        claimed = net.context(p // 7, p % 7).flatten()
-        assert not claimed[p:].any()
-        assert torch.equal(seen[p], claimed), f"pixel {p}: sees {seen[p].nonzero()}, claims {claimed.nonzero()}"
+    check_context(net)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -1,11 +1,9 @@
-"""The shape of the program: who imports whom, what the README shows, what the yaml files promise."""
+"""The shape of the program: who imports whom, and what the yaml files promise."""
 
 import ast
 import re
-import shlex
 from pathlib import Path
 
-import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -69,28 +67,6 @@ def test_the_picture_in_the_readme_is_the_import_graph():
     real = {(room(a), room(b)) for a, b in imports() if room(a) != room(b)}
     plumbing = {"errors", "build", "command", "noise", "pictures", "machine"}  # drawn as one box, without arrows
     assert drawn == {(a, b) for a, b in real if not {a, b} & plumbing}
-
-
-def commands(text: str) -> list[str]:
-    """Every `python -m pixelcnn_lit.X ...` in a text, X a Hydra main."""
-    return re.findall(r"python -m pixelcnn_lit\.(?!summarize)([^`\n#]+)", text)
-
-
-EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("command", commands(README) + [c for e in EXPERIMENTS for c in commands(e.read_text())])
-def test_every_command_that_we_show_composes(command):
-    name, *overrides = shlex.split(command)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        compose(name, [o for o in overrides if o != "-m" and not re.search(r"=[^\[]*,", o)])
-
-
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_opens_with_its_own_command(path):
-    first, second = path.read_text().splitlines()[:2]
-    assert first == "# @package _global_"
-    assert second.startswith(f"# python -m pixelcnn_lit.train experiment={path.stem}")
 
 
 def test_the_baseline_is_the_published_one():
