@@ -11,7 +11,7 @@ from hydra.errors import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from torch import OutOfMemoryError
 
 
@@ -37,6 +37,8 @@ def explain(error: BaseException) -> str | None:
             return _unknown_key(error.__cause__)
         case InstantiationException() if isinstance(error.__cause__, UserError):
             return str(error.__cause__)
+        case MissingMandatoryValue():
+            return f"{error.full_key} is missing; type {error.full_key}=..."
         case OverrideParseException():
             return f"{error.override}: not an override; type key=value"
         case (

@@ -83,7 +83,7 @@ TYPOS = [
     ("seed=-1", "seed=-1"),
     ("ckpt=missing.ckpt", "ckpt=missing.ckpt: no such file"),
     ("n_residual", "n_residual: not an override; type key=value"),
-    ("dataset=npz", "dataset.path"),
+    ("dataset=npz", "dataset.path is missing; type dataset.path=..."),
     ("dataset=npz dataset.path=absent.npz", "dataset.path=absent.npz: no such file"),
     ("dataset.download=true", "there is no such setting"),
 ]
@@ -135,6 +135,10 @@ def test_a_checkpoint_of_another_dataset_is_refused_with_both_values(run, checkp
         code, err = run(main, f"ckpt={checkpoint}", *other)
         assert code == 1
         assert "its image_shape is [1, 8, 8], that of the dataset [1, 4, 4]" in err
+
+
+def test_a_command_without_its_checkpoint_says_what_to_type(run):
+    assert run("sample") == (1, "error: ckpt is missing; type ckpt=...\n")
 
 
 def test_a_class_the_model_does_not_know_is_refused(run, checkpoint):
