@@ -67,7 +67,8 @@ class PixelCNN(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
-        h = self.first(scale(x, self.levels, like=self.first.weight)) + self.embed(y)
+        h = self.first(scale(x, self.levels, like=self.first.weight))
+        h = h + self.embed(y).to(h.dtype)  # under bf16 autocast a float32 bias would make the whole stream float32
         return self.last(self.blocks(h))
 
     def context(self, i: int, j: int) -> Tensor:
