@@ -81,15 +81,18 @@ def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], k
     prefix = where and where + "."
     parameters = inspect.signature(function).parameters
     hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in values.items():
+        if key not in parameters and open_ended:
+            continue
         if key not in parameters:
             settings = [name for name in parameters if name not in known]
             raise UserError(f"{prefix}{key}: there is no such setting; {closest(key, settings)}")
         if not fits(value, hints.get(key, Any)):
             raise UserError(f"{prefix}{key}={value}: must be {describe(hints[key])}")
     for key, parameter in parameters.items():
-        optional = parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD
-        if key not in known and (values.get(key) is None and not optional):
+        required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        if required and key not in known and key not in values:
             raise UserError(f"{prefix}{key} is missing; type {prefix}{key}=...")
 
 
@@ -98,6 +101,8 @@ def fits(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
+    if origin is dict:
+        return isinstance(value, dict)
     if origin is Annotated:
         bounds = [extra for extra in arguments[1:] if isinstance(extra, Range)]
         return fits(value, arguments[0]) and all(value is None or b.low <= value <= b.high for b in bounds)
@@ -105,8 +110,10 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, option) for option in arguments)
     if origin is Literal:
         return value in arguments
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(fits(v, arguments[0]) for v in value)
+    if origin is list:
+        return isinstance(value, list) and all(fits(v, arguments[0]) for v in value)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(arguments) and all(map(fits, value, arguments))
     if hint in (None, type(None)):
         return value is None
     if hint in (int, float):
@@ -126,6 +133,8 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(option) for option in arguments if option in WORDS or get_origin(option))
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
-    if origin in (list, tuple):
-        return f"a list, each {describe(arguments[0])}"
+    if origin is list:
+        return f"a list [...], each {describe(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)}, each {describe(arguments[0])}"
     return WORDS.get(hint, str(hint))

@@ -2,15 +2,16 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from pixelcnn_lit.build import inspect_config
-from pixelcnn_lit.lit import DensityModel
+from pixelcnn_lit.build import Range, check, inspect_config
+from pixelcnn_lit.data.images import first_of_each_class
+from pixelcnn_lit.lit import DensityModel, bits
 from pixelcnn_lit.pictures import grid, save
 
 
@@ -18,42 +19,54 @@ class SampleGrid(Callback):
     """Draw class-conditional samples after validation, a row a class, as PNG and to TensorBoard, real images beside.
 
     The noise is the sampler's own, so the random stream of training is not touched; the weights are those that were
-    validated (averaged ones, where this callback stands before EMAWeightAveraging).
+    validated (averaged ones, where this callback stands before EMAWeightAveraging). `train` calls `draw` once more at
+    the end, with the best weights.
 
     Args:
         sampler: config of the sampler, with n_per_class.
-        every_n_epochs: also draws after the last epoch; 0 for that one alone.
+        every_n_epochs: 0 draws at the end alone.
     """
 
-    def __init__(self, sampler: dict[str, Any], every_n_epochs: int = 10) -> None:
+    def __init__(self, sampler: dict[str, Any], every_n_epochs: Annotated[int, Range(0)] = 10) -> None:
         inspect_config("sampler", sampler, Tensor, DensityModel.DRAW_FACTS)  # now, not after hours of training
+        check("callbacks.samples", SampleGrid, {"every_n_epochs": every_n_epochs}, known=("sampler",))
         self.sampler, self.every_n_epochs = dict(sampler), every_n_epochs
-        self.path: Path | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: DensityModel) -> None:
-        """Show real images: the first of each class in the training set."""
-        split, n = trainer.datamodule.train, self.sampler["n_per_class"]
-        positions = [p for c in range(pl_module.num_classes) for p in (split.y == c).nonzero()[:n, 0].tolist()]
-        self._show(trainer, "real", grid(split.x[positions], pl_module.levels, n))
+        if not trainer.is_global_zero:
+            return
+        n = self.sampler["n_per_class"]
+        real = first_of_each_class(trainer.datamodule.train, pl_module.num_classes, n)
+        self._show(trainer, "real", grid(real, pl_module.levels, n))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DensityModel) -> None:
-        epoch = trainer.current_epoch + 1
-        last = epoch == trainer.max_epochs or trainer.should_stop
-        if trainer.sanity_checking or not (last or (self.every_n_epochs and epoch % self.every_n_epochs == 0)):
-            return
-        if trainer.is_global_zero:
-            images = pl_module.draw(self.sampler)
-            self.path = self._show(trainer, "samples", grid(images, pl_module.levels, self.sampler["n_per_class"]))
+        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and trainer.is_global_zero and not trainer.sanity_checking:
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: L.Trainer, model: DensityModel) -> Path:
+        """Draw with `model` on the training device; returns the PNG's path."""
+        images = model.to(trainer.strategy.root_device).draw(self.sampler)
+        return self._show(trainer, "samples", grid(images, model.levels, self.sampler["n_per_class"]))
 
     @staticmethod
-    def _show(trainer: L.Trainer, name: str, picture: Any) -> Path | None:
-        if not trainer.is_global_zero:
-            return None
-        if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_image(name, picture, trainer.global_step)
+    def _show(trainer: L.Trainer, name: str, picture: Tensor) -> Path:
         path = Path(trainer.default_root_dir) / f"{name}.png"
         save(picture, path)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.add_image(name, picture, trainer.global_step)
         return path
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Saves last.ckpt after each epoch, and when training is interrupted; not inside validation.
+
+    There EMAWeightAveraging has the averaged weights in the place of the raw ones, and nothing would change them back.
+    """
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.training:
+            super().on_exception(trainer, pl_module, exception)
 
 
 class Stopwatch(Callback):
@@ -62,11 +75,8 @@ class Stopwatch(Callback):
     def __init__(self) -> None:
         self.seconds, self.images = 0.0, 0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 0:
-            self._start = time.perf_counter()
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,17 +119,19 @@ class EpochLine(Callback):
 class HParams(Callback):
     """TensorBoard's HPARAMS page: every setting as one flat key, beside the best val/bpd so far."""
 
-    def __init__(self) -> None:
-        self.best = float("inf")
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: DensityModel) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.log_hyperparams(_flat(pl_module.hparams), {"best/val_bpd": float("nan")})
+            trainer.logger.log_hyperparams(_flat(self.settings), {"best/val_bpd": float("nan")})
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: DensityModel) -> None:
-        self.best = min(self.best, float(trainer.callback_metrics.get("val/bpd", self.best)))
-        if trainer.logger and not trainer.sanity_checking:
-            trainer.logger.log_metrics({"best/val_bpd": self.best}, trainer.global_step)
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        best = trainer.checkpoint_callback.best_model_score if trainer.checkpoint_callback else None
+        if trainer.logger and best is not None:
+            trainer.logger.log_metrics({"best/val_bpd": float(bits(best))}, trainer.global_step)
+
+    on_fit_end = on_train_epoch_end  # the last score is in by now
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

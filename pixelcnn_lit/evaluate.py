@@ -1,49 +1,43 @@
 """Score a checkpoint on a split: bits per dimension overall and per class, as a table and as JSON."""
 
 import json
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
+from typing import Any, Literal
 
 from pixelcnn_lit.command import command, run_dir
-from pixelcnn_lit.data.module import image_data, uniform_bpd
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import load, require_same_data
+from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
+from pixelcnn_lit.lit import load, require_same
 from pixelcnn_lit.machine import make_trainer
 
 
 @command("evaluate")
-def main(cfg: DictConfig) -> None:
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
-    model = load(config["ckpt"])
-    data = image_data(config.get("dataset") or model.hparams["dataset"])
+def main(
+    ckpt: str, split: Literal["train", "validation", "test"], dataset: dict[str, Any], trainer: dict[str, Any]
+) -> None:
+    model = load(ckpt)
+    data = saved_or_given(model.hparams["dataset"], dataset)
     data.setup()
-    require_same_data(config["ckpt"], model.hparams, data.facts)
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    if config["split"] not in splits:
-        raise UserError(f"split={config['split']}: type one of {', '.join(splits)}")
-    trainer = make_trainer(config["trainer"], logger=False, enable_checkpointing=False)
-    trainer.test(model, data.score_dataloader(splits[config["split"]]), verbose=False)
-    figures = {key.removeprefix("test/"): float(value) for key, value in trainer.callback_metrics.items()}
-    per_class = dict(zip(data.class_names, model.bpd_per_class, strict=True))
-    result = {
-        "label": data.label,
-        "split": config["split"],
-        "images": len(splits[config["split"]]),
-        **figures,
-        "uniform_bpd": uniform_bpd(data.levels),
-        "bpd_per_class": per_class,
-        "checkpoint": config["ckpt"],
-    }
+    require_same(ckpt, model.hparams, data.facts)
+    scorer = make_trainer(trainer, logger=False, enable_checkpointing=False)
+    scorer.test(model, data.score_dataloader(getattr(data, split)), verbose=False)
+    figures = {key.removeprefix("test/"): float(value) for key, value in scorer.callback_metrics.items()}
+    # A class without images has no bpd.
+    per_class = {n: b for n, b in zip(data.class_names, model.bpd_per_class, strict=True) if b == b}
+    uniform = uniform_bpd(data.levels)
+    head = {"label": data.label, "split": split, "images": model.images_scored, "checkpoint": ckpt}
+    result = {**head, **figures, "uniform_bpd": uniform, "bpd_per_class": per_class}
     (run_dir() / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(
-        f"{data.label}, {config['split']} split, {result['images']} images, "
-        f"{uniform_bpd(data.levels):.4f} bpd for a uniform model"
-    )
+
+    print(f"{data.label}, {split} split, {model.images_scored} images, {uniform:.4f} bpd for a uniform model")
     width = max(map(len, [*per_class, "all"]))
     for name, bpd in {**per_class, "all": figures["bpd"]}.items():
         print(f"{name:>{width}}  {bpd:.4f} bpd")
     print(run_dir() / "evaluation.json")
+
+
+def saved_or_given(saved: dict[str, Any], given: dict[str, Any]) -> ImageData:
+    """The dataset of the checkpoint with what was typed changed in it, or another one altogether."""
+    typed = {key: value for key, value in given.items() if value is not None}
+    return image_data(typed if "_target_" in typed else saved | typed)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,11 @@ class Categorical(nn.Module):
     def _levels_last(self, features: Tensor, x: Tensor, c: int) -> Tensor:
         """channel_logits as [B,...,V]: what channels-last memory, Linear and Embedding have at hand without a copy."""
         with torch.autocast(features.device.type, enabled=False):
-            wide = features.to(torch.promote_types(features.dtype, torch.float32))
-            h = wide.movedim(1, -1).unflatten(-1, (self.channels, -1))[..., c, :]
+            h = features.movedim(1, -1).unflatten(-1, (self.channels, -1))[..., c, :]
+            h = h.to(torch.promote_types(h.dtype, torch.float32))
             if self.has_head:
                 for b in range(c):
                     h = h + self.tables[f"{b}_{c}"](x[:, b].long())
-                h = self.heads[c](F.relu(h))
+                head = self.heads[c]
+                h = F.linear(F.relu(h), head.weight.to(h.dtype), head.bias.to(h.dtype))
             return h.log_softmax(-1)

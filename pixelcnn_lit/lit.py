@@ -4,7 +4,6 @@ import inspect
 import math
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Annotated, Any
 
 import lightning as L
@@ -14,8 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from pixelcnn_lit.build import Range, build, check, resolve
+from pixelcnn_lit.build import Range, build, resolve
 from pixelcnn_lit.errors import UserError
+
+# What is scored or sampled in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32).
+torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
 def bits(nats: Any) -> Any:
@@ -71,7 +73,7 @@ class DensityModel(L.LightningModule):
         label: str,
         dataset: dict[str, Any],
         optimizer: dict[str, Any],
-        scheduler: dict[str, Any] | None,
+        scheduler: dict[str, Any] | None = None,
         label_dropout: Annotated[float, Range(0, 1)] = 0.0,
         channels_last: bool = True,
         compile: bool = False,
@@ -95,7 +97,14 @@ class DensityModel(L.LightningModule):
     @property
     def classes(self) -> list[int]:
         """The classes to draw: all of them, or "no class" alone for an unconditional model."""
-        return list(range(self.num_classes)) if self.hparams["model"].get("conditional", True) else [self.num_classes]
+        return self.known_classes[: self.num_classes]
+
+    @property
+    def known_classes(self) -> list[int]:
+        """The classes it was trained on; `num_classes` ("no class") where the class was hidden from it at times."""
+        if not self.hparams["model"].get("conditional", True):
+            return [self.num_classes]
+        return list(range(self.num_classes + (self.label_dropout > 0)))
 
     def nats(self, x: Tensor, y: Tensor) -> Tensor:
         """-log p(x | y) of uint8 [B,C,H,W] and int64 [B], in nats an image [B]."""
@@ -106,7 +115,8 @@ class DensityModel(L.LightningModule):
         if self.label_dropout:
             y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.label_dropout, self.num_classes)
         nll = self.nats(x, y).mean() / self.dims
-        self.log("train/nll", nll, prog_bar=True)
+        self.log("train/nll", nll, on_step=False, on_epoch=True)
+        self.log("train/nll_step", nll, prog_bar=True)
         return nll
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
@@ -128,6 +138,7 @@ class DensityModel(L.LightningModule):
 
     def _report(self, split: str) -> None:
         per_image, per_class = self.score.compute()
+        self.images_scored = int(self.score.images.sum())
         self.score.reset()
         figures = {f"{split}/nll": per_image / self.dims}
         figures[f"{split}/bpd"] = bits(figures[f"{split}/nll"])
@@ -144,14 +155,20 @@ class DensityModel(L.LightningModule):
         """A scheduler that takes `total_steps` moves every step, any other every epoch."""
         config = self.scheduler_config
         total = "total_steps" in inspect.signature(resolve(config["_target_"], LRScheduler)).parameters
-        facts = {"total_steps": int(self.trainer.estimated_stepping_batches)} if total else {}
+        facts = {"total_steps": self._total_steps()} if total else {}
         scheduler = build("scheduler", config, LRScheduler, optimizer=optimizer, **facts)
         return {
             "scheduler": scheduler,
             "interval": "step" if total else "epoch",
-            "frequency": 1 if total else self.trainer.check_val_every_n_epoch,
+            "frequency": 1 if total else self.trainer.check_val_every_n_epoch or 1,
             "monitor": "val/nll",  # read by ReduceLROnPlateau alone
         }
+
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == math.inf:
+            raise UserError("this scheduler must know where the run ends; type trainer.max_epochs or trainer.max_steps")
+        return int(steps)
 
     DRAW_FACTS = ("net", "likelihood", "y", "image_shape", "progress")
 
@@ -169,14 +186,12 @@ def load(path: str) -> DensityModel:
     """
     checkpoint = read_checkpoint(path)
     try:
-        settings = checkpoint["hyper_parameters"] | {"compile": False}
-        check("ckpt", DensityModel, settings)
-        model = DensityModel(**settings)
+        model = DensityModel(**checkpoint["hyper_parameters"] | {"compile": False})
         model.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"ckpt={path}: not a checkpoint of this program ({' '.join(str(error).split())[:200]})"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever a stranger's values lead to
+        raise UserError(f"ckpt={path}: not a checkpoint of this program ({_first_line(error)})") from error
     return model.eval()
 
 
@@ -189,19 +204,24 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"bad checksum in {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip and pickle name their troubles in a dozen classes
         raise UserError(
-            f"ckpt={path}: damaged, or not a checkpoint of plain values ({str(error).splitlines()[0]}); "
-            "type another ckpt"
+            f"ckpt={path}: damaged, or not a checkpoint of plain values ({_first_line(error)}); type another ckpt"
         ) from error
+    if not isinstance(content, dict) or not {"hyper_parameters", "state_dict"} <= content.keys():
+        raise UserError(f"ckpt={path}: not a checkpoint of this program; type another ckpt")
+    return content
 
 
-def require_same_data(path: str, saved: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Raise UserError unless the settings saved in checkpoint `path` name the same facts of the data."""
-    for fact, value in facts.items():
-        if saved.get(fact) != value:
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def require_same(path: str, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Raise UserError unless the settings saved in checkpoint `path` are those at present, as far as given."""
+    for key, value in present.items():
+        if saved.get(key) != value:
             raise UserError(
-                f"ckpt={path}: its {fact} is {saved.get(fact)}, that of the dataset {value}; "
-                "type the dataset it was trained on, or another ckpt"
+                f"ckpt={path}: its {key} is {saved.get(key)}, here it is {value}; type the same, or another ckpt"
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from pixelcnn_lit.build import check
 from pixelcnn_lit.errors import UserError
@@ -20,6 +21,9 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
     if settings.get("enable_progress_bar") is None:
         settings["enable_progress_bar"] = sys.stdout.isatty()
     check("trainer", L.Trainer, settings)
+    if settings["strategy"] == "ddp":
+        # Validation runs through the wrapper; its broadcast of buffers waits for ever for ranks without a batch left.
+        settings["strategy"] = DDPStrategy(broadcast_buffers=False)
     # Lightning's own tips and notes bury the result.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Our loaders stride over the ranks themselves; gathering whole batches needs few workers.

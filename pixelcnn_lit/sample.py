@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
 from pixelcnn_lit.command import command, run_dir
 from pixelcnn_lit.errors import UserError
@@ -13,21 +12,16 @@ from pixelcnn_lit.pictures import grid, save
 
 
 @command("sample")
-def main(cfg: DictConfig) -> None:
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
-    model = load(config["ckpt"]).to(best_device())
-    classes = model.classes if config["classes"] is None else config["classes"]
-    strangers = [c for c in classes if c not in range(model.num_classes + 1)]
-    if strangers:
-        raise UserError(
-            f"classes={classes}: this model knows 0..{model.num_classes - 1}, and {model.num_classes} for none"
-        )
-    n = config["sampler"]["n_per_class"]
-    images = model.draw(config["sampler"], classes, progress=True).cpu()
-    directory = run_dir()
+def main(ckpt: str, classes: list[int] | None, sampler: dict[str, Any]) -> None:
+    model = load(ckpt).to(best_device())
+    asked = model.classes if classes is None else classes
+    if not asked or set(asked) - set(model.known_classes):
+        raise UserError(f"classes={asked}: this model was trained on {', '.join(map(str, model.known_classes))}")
+    images = model.draw(sampler, asked, progress=True).cpu()
+    directory, n = run_dir(), sampler["n_per_class"]
     save(grid(images, model.levels, n), directory / "samples.png")
-    np.savez(directory / "samples.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=np.repeat(classes, n))
-    print(f"{len(images)} images of classes {classes}: {directory / 'samples.png'} and samples.npz beside it")
+    np.savez(directory / "samples.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=np.repeat(asked, n))
+    print(f"{len(images)} images of classes {asked}: {directory / 'samples.png'} and samples.npz beside it")
 
 
 if __name__ == "__main__":

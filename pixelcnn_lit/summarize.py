@@ -13,7 +13,7 @@ COLUMNS = ("val/bpd", "test/bpd", "n_params", "images_per_second", "seconds")
 def main() -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit("error: type python -m pixelcnn_lit.summarize DIRECTORY, the directory of a sweep (or of many runs)")
-    jobs = sorted(path.parent.parent for path in Path(sys.argv[1]).rglob("hydra/overrides.yaml"))
+    jobs = sorted(path.parent.parent for path in Path(sys.argv[1]).rglob("hydra/hydra.yaml") if _trains(path))
     if not jobs:
         sys.exit(f"error: {sys.argv[1]}: no runs in it")
     done = {job: json.loads((job / "result.json").read_text()) for job in jobs if (job / "result.json").is_file()}
@@ -25,6 +25,10 @@ def main() -> None:
         if job not in done:
             overrides = " ".join(OmegaConf.load(job / "hydra" / "overrides.yaml"))
             print(f"{'failed':>17}  {job}: {overrides}\n{'':>17}  {_reason(job)}")
+
+
+def _trains(hydra_yaml: Path) -> bool:
+    return OmegaConf.load(hydra_yaml).hydra.job.config_name == "train"
 
 
 def _cell(value: Any) -> str:

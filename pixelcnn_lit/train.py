@@ -1,83 +1,120 @@
 """Train a density model, score it once on the test set with the weights best on validation, and say where all is."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import Callback
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from pixelcnn_lit.build import check
+from pixelcnn_lit.build import Range, check
 from pixelcnn_lit.callbacks import EpochLine, HParams, SampleGrid, ScoreAtTheEnd, Stopwatch
 from pixelcnn_lit.command import command, run_dir
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
-from pixelcnn_lit.lit import DensityModel, bits, load, read_checkpoint, require_same_data
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.lit import DensityModel, bits, load, read_checkpoint, require_same
 from pixelcnn_lit.machine import make_trainer
 
 
 @command("train")
-def main(cfg: DictConfig) -> None:
-    began = time.perf_counter()
-    directory = run_dir()
-    OmegaConf.save(cfg, directory / "config.yaml", resolve=True)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
-    data = image_data(config["dataset"], config["seed"])
-    L.seed_everything(config["seed"], workers=True, verbose=False)
+def main(
+    dataset: dict[str, Any],
+    sampler: dict[str, Any],  # read by callbacks.samples
+    trainer: dict[str, Any],
+    callbacks: dict[str, Any],
+    seed: Annotated[int, Range(0, 2**32 - 1)],
+    ckpt: str | None,
+    **model: Any,  # the settings of DensityModel
+) -> None:
+    began, directory = time.perf_counter(), run_dir()
+    data = image_data(dataset, seed)
     data.setup()
-    model = density_model(config, data)
-    callbacks: list[Callback] = [hydra.utils.instantiate(c) for c in cfg.callbacks.values()]
+    L.seed_everything(seed, workers=True, verbose=False)
+    facts = {**data.facts, "label": data.label, "dataset": dataset}
+    check("", DensityModel, model, known=facts)
+    density = DensityModel(**facts, **model)
+
+    extras: list[Callback] = [hydra.utils.instantiate(callback) for callback in callbacks.values()]
+    settings = {
+        "seed": seed,
+        "dataset": dataset,
+        **model,
+        "sampler": sampler,
+        "trainer": trainer,
+        "callbacks": callbacks,
+    }
+    if rank_zero_only.rank == 0:
+        OmegaConf.save(settings, directory / "config.yaml")
+        (directory / "result.json").unlink(missing_ok=True)
     stopwatch = Stopwatch()
     progress = [] if sys.stdout.isatty() else [EpochLine()]
-    trainer = make_trainer(
-        config["trainer"],
-        callbacks=[*callbacks, stopwatch, HParams(), ScoreAtTheEnd(), *progress],
+    fitter = make_trainer(
+        trainer,
+        callbacks=[*extras, stopwatch, HParams(settings), ScoreAtTheEnd(), *progress],
         logger=TensorBoardLogger(directory, name="", version="", default_hp_metric=False),
         default_root_dir=directory,
     )
-    trainer.fit(model, data, ckpt_path=resume_from(config["ckpt"], data, directory))
+    require_validation(fitter)
+    averaged = any(isinstance(callback, WeightAveraging) for callback in extras)
+    fitter.fit(density, data, ckpt_path=resume_from(ckpt, density, directory, averaged), weights_only=True)
 
-    best = load(trainer.checkpoint_callback.best_model_path)
-    trainer.test(best, data, verbose=False)
-    if trainer.is_global_zero:
-        result = summary(trainer, best, data, stopwatch) | {"seconds": time.perf_counter() - began}
+    if not fitter.checkpoint_callback or fitter.checkpoint_callback.best_model_score is None:
+        raise UserError("nothing was trained and validated in this run: type a larger trainer.max_epochs")
+    best = load(fitter.checkpoint_callback.best_model_path)
+    fitter.test(best, data, verbose=False)
+    if fitter.is_global_zero:
+        result = summary(fitter, density, best, data, stopwatch) | {"seconds": time.perf_counter() - began}
         (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(closing_lines(result, directory, next((c for c in callbacks if isinstance(c, SampleGrid)), None)))
+        grids = [callback.draw(fitter, best) for callback in extras if isinstance(callback, SampleGrid)]
+        print(closing_lines(result, directory, grids))
 
 
-def density_model(config: dict[str, Any], data: ImageData) -> DensityModel:
-    """The model of a config on the facts of the data."""
-    parts = ("model", "likelihood", "dataset", "optimizer", "scheduler", "label_dropout", "channels_last", "compile")
-    settings = {part: config[part] for part in parts}
-    facts = {**data.facts, "label": data.label}
-    check("", DensityModel, settings, known=facts)
-    return DensityModel(**facts, **settings)
+def require_validation(trainer: L.Trainer) -> None:
+    """Refuse, before any training, settings under which nothing would be validated and so nothing kept as best."""
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    if not trainer.limit_val_batches:
+        raise UserError("trainer.limit_val_batches=0: the best weights are chosen on validation; type 1.0 or a number")
+    if every and epochs is not None and 0 <= epochs < every:
+        raise UserError(f"trainer.max_epochs={epochs}: type at least trainer.check_val_every_n_epoch={every}")
 
 
-def resume_from(ckpt: str | None, data: ImageData, directory: Path) -> str | None:
-    """The checkpoint to go on from, which must be of the same data; `last` is this run directory's own."""
+def resume_from(ckpt: str | None, density: DensityModel, directory: Path, averaged: bool) -> str | None:
+    """The checkpoint to go on from, which must be of the same data and model; `last` is this run directory's own."""
     if ckpt is None:
         return None
     path = str(directory / "checkpoints" / "last.ckpt") if ckpt == "last" else ckpt
-    require_same_data(path, read_checkpoint(path).get("hyper_parameters", {}), data.facts)
+    saved = read_checkpoint(path)
+    same = (*ImageData.FACTS, "model", "likelihood")
+    require_same(path, saved["hyper_parameters"], {key: density.hparams[key] for key in same})
+    if ("averaging_state" in saved) != averaged:
+        # Lightning alone would silently go on from the averaged weights, or with none.
+        raise UserError(f"ckpt={path}: saved with callbacks={'no_ema' if averaged else 'default'}; type that")
     return path
 
 
-def summary(trainer: L.Trainer, best: DensityModel, data: ImageData, stopwatch: Stopwatch) -> dict[str, Any]:
+def summary(
+    trainer: L.Trainer, density: DensityModel, best: DensityModel, data: ImageData, stopwatch: Stopwatch
+) -> dict[str, Any]:
     """What result.json holds: figures are of the weights best on validation."""
     checkpoint = trainer.checkpoint_callback
     val_nll = float(checkpoint.best_model_score)
+    per_class = [None if math.isnan(bpd) else bpd for bpd in best.bpd_per_class]  # JSON knows no NaN
     return {
         "label": data.label,
         "val/nll": val_nll,
         "val/bpd": bits(val_nll),
+        "val/images": density.images_scored,
         **{key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")},
-        "test/bpd_per_class": dict(zip(data.class_names, best.bpd_per_class, strict=True)),
+        "test/images": best.images_scored,
+        "test/bpd_per_class": dict(zip(data.class_names, per_class, strict=True)),
         "uniform_bpd": uniform_bpd(data.levels),
         "n_params": sum(p.numel() for p in best.parameters()),
         "epochs": trainer.current_epoch,
@@ -89,18 +126,18 @@ def summary(trainer: L.Trainer, best: DensityModel, data: ImageData, stopwatch: 
     }
 
 
-def closing_lines(result: dict[str, Any], directory: Path, samples: SampleGrid | None) -> str:
+def closing_lines(result: dict[str, Any], directory: Path, grids: list[Path]) -> str:
     nats = f" ({result['test/nats_per_image']:.2f} nats an image)" if "test/nats_per_image" in result else ""
     lines = [
-        f"{result['label']}: val {result['val/bpd']:.4f}, test {result['test/bpd']:.4f} bpd{nats}"
-        f" (a uniform model: {result['uniform_bpd']:.4f})",
+        f"{result['label']}: val {result['val/bpd']:.4f}, test {result['test/bpd']:.4f} bpd{nats} "
+        f"on {result['val/images']} and {result['test/images']} images (a uniform model: {result['uniform_bpd']:.4f})",
         f"{result['n_params']:,} parameters, {result['images_per_second']:.0f} training images/s, "
         f"{result['seconds']:.0f} s in all",
         f"best checkpoint: {result['checkpoint']}",
-        f"sample grid:     {samples.path}" if samples and samples.path else "",
+        *(f"its samples:     {path}" for path in grids),
         f"look at it:      tensorboard --logdir {directory}",
     ]
-    return "\n".join(filter(None, lines))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import pickle
 import struct
 
@@ -97,6 +98,15 @@ def test_training_sees_no_image_twice_an_epoch_and_leaves_out_others_each_epoch(
     assert set(epoch(0)) != set(epoch(1))
 
 
+def one_image_of(data: ImageData, epoch: int) -> torch.Tensor:
+    """Training image 0 as it is served in an epoch."""
+    loader = data.train_dataloader()
+    loader.batch_sampler.set_epoch(epoch)
+    return next(
+        x[positions == 0] for (_, positions), (x, _) in zip(loader.batch_sampler, loader, strict=True) if 0 in positions
+    )
+
+
 def test_two_levels_are_a_threshold_or_a_draw_fixed_by_the_image():
     static, dynamic = open_data("dataset.levels=2"), open_data("dataset.levels=2", "dataset.binarization=dynamic")
     digits = open_data()
@@ -106,9 +116,11 @@ def test_two_levels_are_a_threshold_or_a_draw_fixed_by_the_image():
     again = open_data("dataset.levels=2", "dataset.binarization=dynamic")
     assert torch.equal(dynamic.test.x, again.test.x)
     assert abs(dynamic.test.x.double().mean() - digits.test.x.double().mean() / 16) < 0.01
-    assert not torch.equal(epoch_of(dynamic, 0), epoch_of(dynamic, 1).sort(0).values)
-    x, _ = next(iter(dynamic.train_dataloader()))
-    assert set(x.unique().tolist()) == {0, 1}
+    draws = [one_image_of(dynamic, epoch) for epoch in (0, 1, 0)]
+    assert set(draws[0].unique().tolist()) == {0, 1}
+    assert not torch.equal(draws[0], draws[1]), "training draws anew each epoch"
+    assert torch.equal(draws[0], draws[2])
+    assert set(dynamic.train.x.unique().tolist()) == {0, 1}
 
 
 def test_resize_pad_and_augmentation_change_the_label_and_spare_the_scored_images():
@@ -121,7 +133,7 @@ def test_resize_pad_and_augmentation_change_the_label_and_spare_the_scored_image
 
 def test_a_crop_is_a_shift_and_a_flip_a_mirror():
     x = torch.arange(1, 17, dtype=torch.uint8).reshape(1, 1, 4, 4).repeat(64, 1, 1, 1)
-    cropped = each.crop(x, 1, torch.Generator().manual_seed(0))
+    cropped = each.crop(x, torch.Generator().manual_seed(0), margin=1)
     padded = torch.nn.functional.pad(x[:1], (1, 1, 1, 1))
     windows = {tuple(padded[0, 0, i : i + 4, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)}
     assert {tuple(image.flatten().tolist()) for image in cropped} == windows
@@ -161,6 +173,7 @@ def test_npz_images_arrive_channels_first_with_their_names(tmp_path):
         ({"test_images": np.zeros((8, 7, 5, 3), np.uint8)}, "different sizes"),
         ({"test_images": np.zeros((8, 6, 5, 3), np.float32)}, "give uint8"),
         ({"test_labels": np.zeros(7, int)}, "one label an image"),
+        ({key: np.zeros((8, 6, 5, 2), np.uint8) for key in ("train_images", "test_images")}, "give 1 .grey. or 3"),
     ],
 )
 def test_npz_faults_are_named(tmp_path, changes, message):
@@ -169,8 +182,9 @@ def test_npz_faults_are_named(tmp_path, changes, message):
         open_data("dataset=npz", f"dataset.path={tmp_path}/x.npz")
 
 
-def test_a_damaged_or_missing_npz_is_named(tmp_path):
-    save_npz(tmp_path / "x.npz")
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_or_missing_npz_is_named(tmp_path, save):
+    save(tmp_path / "x.npz", **save_npz(tmp_path / "x.npz"))
     whole = (tmp_path / "x.npz").read_bytes()
     flipped = bytearray(whole)
     flipped[300] ^= 255
@@ -187,9 +201,8 @@ def save_folder(root, size=(5, 4), mode="RGB"):
         for label, name in enumerate(("cat", "dog")):
             (root / split / name).mkdir(parents=True, exist_ok=True)
             for k in range(n):
-                Image.new(mode, size, 40 * label + k if mode == "L" else (40 * label, k, 7)).save(
-                    root / split / name / f"{k}.png"
-                )
+                pixel = (40 * label, k, 7) if mode == "RGB" else 40 * label + k
+                Image.new(mode, size, pixel).save(root / split / name / f"{k}.png")
 
 
 def test_a_folder_of_png_files_is_read_grey_or_colour(tmp_path):
@@ -200,6 +213,11 @@ def test_a_folder_of_png_files_is_read_grey_or_colour(tmp_path):
     assert data.test.y.tolist() == [0, 0, 1, 1]
     save_folder(tmp_path / "grey", mode="L")
     assert open_data("dataset=folder", f"dataset.path={tmp_path}/grey").facts["image_shape"] == [1, 4, 5]
+    save_folder(tmp_path / "black_and_white", mode="1")
+    assert open_data("dataset=folder", f"dataset.path={tmp_path}/black_and_white").facts["image_shape"] == [1, 4, 5]
+    save_folder(tmp_path / "deep", mode="I;16")
+    with pytest.raises(UserError, match="8 bits"):
+        open_data("dataset=folder", f"dataset.path={tmp_path}/deep")
 
 
 def test_folder_faults_are_named(tmp_path):
@@ -284,3 +302,18 @@ def test_statistics_of_the_digits_agree_with_numpy():
     mean, std = channel_statistics(Split(x, torch.zeros(10).long()))
     assert np.allclose(mean, x.double().mean((0, 2, 3)), atol=1e-3)
     assert np.allclose(std, x.double().std((0, 2, 3), correction=0), atol=1e-3)
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif("PIXELCNN_DATA" not in os.environ, reason="set PIXELCNN_DATA to a folder with MNIST/raw")
+def test_the_real_mnist_has_its_published_mean():
+    data = open_data("dataset=mnist", f"dataset.root={os.environ['PIXELCNN_DATA']}")
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [54_000, 6_000, 10_000]
+    mean = torch.cat([data.train.x, data.validation.x]).double().mean() / 255
+    assert mean == pytest.approx(0.1307, abs=5e-5)
+
+
+def test_a_class_with_few_images_leaves_its_row_black():
+    split = Split(torch.full((3, 1, 2, 2), 9, dtype=torch.uint8), torch.tensor([0, 0, 1]))
+    shown = once.first_of_each_class(split, num_classes=3, n=2)
+    assert shown[:, 0, 0, 0].tolist() == [9, 9, 9, 0, 0, 0]

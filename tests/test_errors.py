@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -80,7 +81,15 @@ TYPOS = [
     ("trainer.max_epochs=many", "trainer.max_epochs=many: must be a whole number"),
     ("trainer.precision=12", "trainer.precision=12"),
     ("trainer.accelerator=abacus", "abacus"),
-    ("seed=-1", "seed=-1"),
+    ("seed=-1", "seed=-1: must be a whole number >= 0"),
+    ("label_dropout=2", "label_dropout=2: must be a number >= 0 and <= 1"),
+    ("compile=maybe", "compile=maybe: must be true or false"),
+    ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: must be a list of 2"),
+    ("callbacks.samples.every_n_epochs=abc", "callbacks.samples.every_n_epochs=abc: must be a whole number"),
+    ("trainer.limit_val_batches=0", "trainer.limit_val_batches=0: the best weights are chosen on validation"),
+    ("trainer.check_val_every_n_epoch=2", "trainer.max_epochs=1: type at least trainer.check_val_every_n_epoch=2"),
+    ("trainer.max_epochs=-1", "type trainer.max_epochs or trainer.max_steps"),
+    ("ckpt=3", "ckpt=3: must be a text or null"),
     ("ckpt=missing.ckpt", "ckpt=missing.ckpt: no such file"),
     ("n_residual", "n_residual: not an override; type key=value"),
     ("dataset=npz", "dataset.path is missing; type dataset.path=..."),
@@ -134,7 +143,7 @@ def test_a_checkpoint_of_another_dataset_is_refused_with_both_values(run, checkp
     for main in ("train", "evaluate"):
         code, err = run(main, f"ckpt={checkpoint}", *other)
         assert code == 1
-        assert "its image_shape is [1, 8, 8], that of the dataset [1, 4, 4]" in err
+        assert "its image_shape is [1, 8, 8], here it is [1, 4, 4]" in err
 
 
 def test_a_command_without_its_checkpoint_says_what_to_type(run):
@@ -142,12 +151,32 @@ def test_a_command_without_its_checkpoint_says_what_to_type(run):
 
 
 def test_a_class_the_model_does_not_know_is_refused(run, checkpoint):
-    code, err = run("sample", f"ckpt={checkpoint}", "classes=[3,11]")
-    assert code == 1
-    assert "this model knows 0..9" in err
+    for classes in ("[3,11]", "[10]", "[]"):  # 10 would be "no class", which this model never saw
+        code, err = run("sample", f"ckpt={checkpoint}", f"classes={classes}")
+        assert code == 1
+        assert "this model was trained on 0, 1, 2" in err
+    assert "classes=3: must be a list" in run("sample", f"ckpt={checkpoint}", "classes=3")[1]
     code, err = run("evaluate", f"ckpt={checkpoint}", "split=tset")
     assert code == 1
-    assert "type one of train, validation, test" in err
+    assert "split=tset: must be one of train, validation, test" in err
+
+
+def test_a_checkpoint_of_another_model_or_without_its_average_is_refused(run, checkpoint):
+    code, err = run("train", *TINY, f"ckpt={checkpoint}", "model.n_residual=3")
+    assert code == 1
+    assert "its model is" in err
+    code, err = run("train", *TINY, f"ckpt={checkpoint}", "callbacks=no_ema", "~callbacks.samples")
+    assert code == 1
+    assert "type that" in err
+    assert "callbacks=default" in err
+
+
+@pytest.mark.parametrize("content", [{"lr": 1}, torch.zeros(3), [], {"hyper_parameters": {"lr": 1}, "state_dict": {}}])
+def test_a_checkpoint_of_another_program_gets_one_line(run, tmp_path, content):
+    torch.save(content, tmp_path / "x.ckpt")
+    code, err = run("sample", f"ckpt={tmp_path}/x.ckpt")
+    assert code == 1
+    assert "not a checkpoint of this program" in err
 
 
 @pytest.mark.parametrize(
@@ -195,7 +224,5 @@ def test_types_fit_as_people_write_them():
     assert fits(None, int | None)
     assert fits([0.9, 0.99], tuple[float, float])
     assert not fits(["a"], list[int])
-    from typing import Annotated
-
     assert not fits(0, Annotated[int, Range(1)])
     assert fits(None, Annotated[int | None, Range(1)])

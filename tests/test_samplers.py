@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_laws import NETWORKS, make
+from test_laws import PAIRS, make
 
 from pixelcnn_lit.noise import uniform
 from pixelcnn_lit.samplers import inverse_cdf, naive
@@ -21,13 +21,13 @@ def test_inverse_cdf_draws_each_level_as_often_as_its_probability():
     assert drawn.bincount(minlength=4).tolist() == [100, 0, 600, 300]
 
 
-@pytest.mark.parametrize("likelihood", ["categorical", "categorical_independent"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("network", "likelihood"), PAIRS)
 def test_an_image_does_not_depend_on_its_batch_or_on_the_training_mode(network, likelihood):
     shape = (3, 4, 5)
     net, inside = make(network, likelihood, shape, levels=17)
     y = torch.tensor([0, 1, 2])
     three = naive(net, inside, y, shape, seed=7)
+    assert torch.equal(naive(net, inside, y[:1], shape, seed=7, n_per_class=1), three[:1])
     assert torch.equal(naive(net, inside, y[:1], shape, seed=7), three[:1])
     net.train()
     assert torch.equal(naive(net, inside, y, shape, seed=7), three)
@@ -35,12 +35,12 @@ def test_an_image_does_not_depend_on_its_batch_or_on_the_training_mode(network, 
     assert not torch.equal(naive(net, inside, y, shape, seed=8), three)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("network", "likelihood"), PAIRS)
 @torch.no_grad()
-def test_each_value_is_the_inverse_cdf_of_its_noise_given_the_finished_image(network):
+def test_each_value_is_the_inverse_cdf_of_its_noise_given_the_finished_image(network, likelihood):
     """What sampling pixel by pixel drew, one look at the whole image confirms."""
     shape, temperature = (3, 4, 5), 0.7
-    net, inside = make(network, "categorical", shape, levels=17)
+    net, inside = make(network, likelihood, shape, levels=17)
     y = torch.tensor([2, 3])
     x = naive(net, inside, y, shape, seed=1, temperature=temperature)
     features = net(x, y)

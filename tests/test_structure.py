@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 FLOORS = (
     ("errors", "noise", "pictures"),
     ("build", "command"),
-    ("data", "models.layers", "likelihoods"),
+    ("data", "models.layers", "likelihoods", "schedulers"),
     ("models",),
     ("samplers",),
     ("lit", "machine"),
@@ -37,6 +37,9 @@ def imports() -> set[tuple[str, str]]:
     for path in (ROOT / "pixelcnn_lit").rglob("*.py"):
         module = ".".join(path.relative_to(ROOT / "pixelcnn_lit").with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("pixelcnn_lit") for alias in node.names), "write from ... import"
+            assert not getattr(node, "level", 0), "write absolute imports"
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pixelcnn_lit"):
                 inside = (node.module or "").removeprefix("pixelcnn_lit").lstrip(".")
                 for alias in node.names:

@@ -3,18 +3,16 @@
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from pixelcnn_lit.command import command, run_dir
-from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.data.images import Split, first_of_each_class
 from pixelcnn_lit.data.module import image_data, uniform_bpd
 from pixelcnn_lit.pictures import grid, save
 
 
 @command("data")
-def main(cfg: DictConfig) -> None:
-    config: dict[str, Any] = OmegaConf.to_container(cfg.dataset, resolve=True)  # pyright: ignore[reportAssignmentType]
-    data = image_data(config)
+def main(dataset: dict[str, Any]) -> None:
+    data = image_data(dataset)
     data.setup()
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     print(f"{data.label} ({uniform_bpd(data.levels):.4f} bpd for a uniform model)")
@@ -24,9 +22,8 @@ def main(cfg: DictConfig) -> None:
     print(f"{'class':>12}" + "".join(f"{name:>12}" for name in splits))
     for label, class_name in enumerate(data.class_names):
         print(f"{class_name:>12}" + "".join(f"{int((split.y == label).sum()):>12}" for split in splits.values()))
-    first_nine = [(data.train.y == label).nonzero()[:9, 0] for label in range(len(data.class_names))]
-    picture = grid(data.train.x[torch.cat(first_nine)], data.levels, per_row=9)
-    save(picture, run_dir() / "images.png")
+    nine = first_of_each_class(data.train, len(data.class_names), 9)
+    save(grid(nine, data.levels, per_row=9), run_dir() / "images.png")
     print(run_dir() / "images.png")
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from pixelcnn_lit.data.images import Images, Split
 from pixelcnn_lit.errors import UserError
 
+GREY, COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P")  # Pillow's modes of 8 bits and less
+
 
 def folder(path: str) -> Images:
     """Images from path/train/<class>/*.png and path/test/<class>/*.png, all of one size; grey or colour as stored."""
@@ -38,10 +40,12 @@ def _split(directory: Path, classes: list[str]) -> Split:
 
 
 def _read(file: Path) -> Tensor:
-    """uint8 [C,H,W]: grey files keep one channel, everything else becomes RGB."""
+    """uint8 [C,H,W]: grey files have one channel, with or without transparency, colour files three."""
     try:
         with Image.open(file) as image:
-            pixels = np.asarray(image if image.mode == "L" else image.convert("RGB")).copy()
+            if image.mode not in GREY + COLOUR:
+                raise UserError(f"{file}: pixels of mode {image.mode}; save it with 8 bits a channel")
+            pixels = np.asarray(image.convert("L" if image.mode in GREY else "RGB")).copy()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"{file}: not a readable PNG; replace or delete it") from error
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)

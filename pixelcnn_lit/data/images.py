@@ -48,6 +48,10 @@ def verify(images: Images, name: str) -> None:
         where = f"{name}, {split_name} split"
         if split.x.ndim != 4 or not len(split) or len(split.x) != len(split):
             raise UserError(f"{where}: {list(split.x.shape)} images and {len(split)} labels; give one label an image")
+        if split.x.shape[1] not in (1, 3) or split.x.dtype != torch.uint8:
+            raise UserError(
+                f"{where}: {split.x.shape[1]} channels of {split.x.dtype}; give 1 (grey) or 3 (RGB) of uint8"
+            )
         if int(split.x.max()) >= images.levels:
             raise UserError(f"{where}: a value of {int(split.x.max())} in images of {images.levels} levels")
         if int(split.y.min()) < 0 or int(split.y.max()) >= len(images.class_names):
@@ -55,6 +59,15 @@ def verify(images: Images, name: str) -> None:
                 f"{where}: labels {int(split.y.min())}..{int(split.y.max())} out of range; "
                 f"{len(images.class_names)} classes take labels 0..{len(images.class_names) - 1}"
             )
+
+
+def first_of_each_class(split: Split, num_classes: int, n: int) -> Tensor:
+    """The first `n` images of each class in turn, uint8 [num_classes * n,C,H,W]; black where a class has fewer."""
+    rows = torch.zeros(num_classes, n, *split.x.shape[1:], dtype=torch.uint8)
+    for label in range(num_classes):
+        first = (split.y == label).nonzero()[:n, 0]
+        rows[label, : len(first)] = split.x[first]
+    return rows.flatten(0, 1)
 
 
 def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:

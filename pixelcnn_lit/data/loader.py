@@ -1,6 +1,6 @@
 """Batches gathered whole from one uint8 tensor, in an order that is a function of (seed, epoch)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -51,15 +51,17 @@ class Batches(Sampler):
 
 
 class Gather(Dataset):
-    """A split as whole batches: two index operations a batch, then the augmentation, if any."""
+    """A split as whole batches: two index operations a batch, then the augmentations, if any."""
 
-    def __init__(self, split: Split, augment: Augmentation | None = None) -> None:
-        self.split, self.augment = split, augment
+    def __init__(self, split: Split, augmentations: Sequence[Augmentation] = ()) -> None:
+        self.split, self.augmentations = split, augmentations
 
     def __getitems__(self, batch: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         seed, positions = batch
         chosen = self.split[positions]
-        x = self.augment(chosen.x, torch.Generator().manual_seed(seed)) if self.augment else chosen.x
+        x, generator = chosen.x, torch.Generator().manual_seed(seed)
+        for augmentation in self.augmentations:
+            x = augmentation(x, generator)
         return x, chosen.y
 
 
@@ -93,7 +95,7 @@ def flip(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
 
-def crop(x: Tensor, margin: int, generator: torch.Generator) -> Tensor:
+def crop(x: Tensor, generator: torch.Generator, margin: int) -> Tensor:
     """Shift each image [B,C,H,W] by up to `margin` pixels each way; black comes in at the edges."""
     b, _, h, w = x.shape
     padded = torch.nn.functional.pad(x, (margin,) * 4)
@@ -103,6 +105,6 @@ def crop(x: Tensor, margin: int, generator: torch.Generator) -> Tensor:
     return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def binarize(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
+def binarize(x: Tensor, generator: torch.Generator, levels: int) -> Tensor:
     """Draw each pixel white with probability x / (levels - 1), anew each time (dynamic binarization)."""
     return (torch.rand(x.shape, generator=generator) < x / (levels - 1)).to(torch.uint8)

@@ -7,8 +7,6 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import lightning as L
-import torch
-from torch import Tensor
 
 from pixelcnn_lit.build import Range, check, resolve
 from pixelcnn_lit.data import images as once
@@ -36,7 +34,7 @@ class ImageData(L.LightningDataModule):
         load: Callable[[], Images],
         *,
         name: str,
-        seed: Annotated[int, Range(0)] = 0,
+        seed: int = 0,
         batch_size: Annotated[int, Range(1)] = 128,
         num_workers: Annotated[int, Range(0)] = 2,
         validation_fraction: Annotated[float, Range(0, 1)] = 0.1,
@@ -52,7 +50,6 @@ class ImageData(L.LightningDataModule):
         self.batch_size, self.num_workers, self.validation_fraction = batch_size, num_workers, validation_fraction
         self.levels, self.dynamic = levels, levels == 2 and binarization == "dynamic"
         self.resize, self.pad, self.horizontal_flip, self.random_crop = resize, pad, horizontal_flip, random_crop
-        self.augmentations: list[each.Augmentation] = []
 
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "train"):
@@ -62,43 +59,44 @@ class ImageData(L.LightningDataModule):
         if images.validation is None:
             images.train, images.validation = once.carve_validation(images.train, self.validation_fraction, seed=0)
         self.class_names = images.class_names
-        self.source_levels = images.levels
-        if self.levels is None:
-            self.levels = images.levels
+        self._source_levels = images.levels
+        self.levels = images.levels if self.levels is None else self.levels
         if self.levels > images.levels:
             raise UserError(f"dataset.levels={self.levels}: {self.name} has {images.levels}; type that or less")
-        self.train, self.validation, self.test = (self._transform(n, s) for n, s in images.splits().items())
-        self._plan_augmentations()
+        framed = {name: self._frame(split) for name, split in images.splits().items()}
+        shown = {name: self._requantise(split) for name, split in framed.items()}
+        self.train, self.validation, self.test = shown["train"], shown["validation"], shown["test"]
+        # What training batches are gathered from: under dynamic binarization the grey images, drawn anew each time.
+        self._drawn_from = framed["train"] if self.dynamic else self.train
+        self._augmentations = self._plan_augmentations()
 
-    def _transform(self, name: str, split: Split) -> Split:
-        x = split.x
-        if self.resize:
-            x = once.resize(x, self.resize)
-        if self.pad:
-            x = once.pad(x, self.pad)
-        if self.dynamic and name != "train":
-            x = once.binarize_by_index(x, self.source_levels, seed=0)
-        elif not self.dynamic and self.levels != self.source_levels:
-            x = once.quantise(x, self.source_levels, self.levels)
-        return Split(x.contiguous(), split.y)
+    def _frame(self, split: Split) -> Split:
+        x = once.resize(split.x, self.resize) if self.resize else split.x
+        return Split(once.pad(x, self.pad) if self.pad else x, split.y)
 
-    def _plan_augmentations(self) -> None:
-        if self.horizontal_flip:
-            self.augmentations.append(each.flip)
-        if self.random_crop:
-            self.augmentations.append(lambda x, g: each.crop(x, self.random_crop, g))
+    def _requantise(self, split: Split) -> Split:
         if self.dynamic:
-            self.augmentations.append(lambda x, g: each.binarize(x, self.source_levels, g))
+            return Split(once.binarize_by_index(split.x, self._source_levels, seed=0), split.y)
+        if self.levels == self._source_levels:
+            return split
+        return Split(once.quantise(split.x, self._source_levels, self.levels), split.y)
+
+    def _plan_augmentations(self) -> list[each.Augmentation]:
+        """In their order, as plain functions that worker processes can be sent."""
+        plan: list[tuple[Any, each.Augmentation]] = [
+            (self.horizontal_flip, each.flip),
+            (self.random_crop, partial(each.crop, margin=self.random_crop)),
+            (self.dynamic, partial(each.binarize, levels=self._source_levels)),
+        ]
+        return [augmentation for wanted, augmentation in plan if wanted]
+
+    FACTS = ("image_shape", "num_classes", "levels", "class_names")
 
     @property
     def facts(self) -> dict[str, Any]:
         """What network and likelihood are built from; stored in the checkpoint."""
-        return {
-            "image_shape": list(self.train.x.shape[1:]),
-            "num_classes": len(self.class_names),
-            "levels": self.levels,
-            "class_names": list(self.class_names),
-        }
+        values = (list(self.train.x.shape[1:]), len(self.class_names), self.levels, list(self.class_names))
+        return dict(zip(self.FACTS, values, strict=True))
 
     @property
     def label(self) -> str:
@@ -107,7 +105,7 @@ class ImageData(L.LightningDataModule):
         changes = [
             (self.resize, f"resized to {self.resize}"),
             (self.pad, f"padded by {self.pad}"),
-            (self.levels == 2, f"{'dynamic' if self.dynamic else 'static'} binarization"),
+            (self.levels == 2 < self._source_levels, f"{'dynamic' if self.dynamic else 'static'} binarization"),
             (self.horizontal_flip, "trained with flips"),
             (self.random_crop, f"trained with crops of {self.random_crop}"),
         ]
@@ -119,9 +117,7 @@ class ImageData(L.LightningDataModule):
         batches = self._batches(self.train, shuffle=True)
         if not len(batches):
             raise UserError(f"dataset.batch_size={self.batch_size}: more than the {len(self.train)} training images")
-        return each.loader(
-            each.Gather(self.train, self._augment if self.augmentations else None), batches, self.num_workers
-        )
+        return each.loader(each.Gather(self._drawn_from, self._augmentations), batches, self.num_workers)
 
     def val_dataloader(self) -> each.LazyLoader:
         return self.score_dataloader(self.validation)
@@ -133,11 +129,6 @@ class ImageData(L.LightningDataModule):
         """Every image of a split once, in order, as it is scored."""
         return each.loader(each.Gather(split), self._batches(split, shuffle=False), self.num_workers)
 
-    def _augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        for augmentation in self.augmentations:
-            x = augmentation(x, generator)
-        return x
-
     def _batches(self, split: Split, *, shuffle: bool) -> each.Batches:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.batch_size % world:
@@ -147,12 +138,11 @@ class ImageData(L.LightningDataModule):
         )
 
 
-def image_data(config: dict[str, Any], seed: Annotated[int, Range(0, 2**32 - 1)] = 0) -> ImageData:
+def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:
     """The DataModule of a dataset config: keys that its `_target_` names go to the source, the others to ImageData.
 
     Everything is checked before anything is read.
     """
-    check("", image_data, {"seed": seed}, known=("config",))
     source = resolve(config["_target_"], Images)
     own = inspect.signature(source).parameters
     arguments = {key: value for key, value in config.items() if key in own}

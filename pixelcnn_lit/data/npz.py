@@ -1,6 +1,7 @@
 """Anybody's images as one NumPy archive."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def npz(path: str) -> Images:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             train, test = (_split(path, archive, part) for part in ("train", "test"))
             names = archive["class_names"].tolist() if "class_names" in archive else None
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, TypeError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError, MemoryError) as error:
         raise UserError(f"dataset.path={path}: a damaged npz file ({error}); make it anew") from error
     # Without names the training labels tell how many classes there are.
     return Images(train, test, [str(n) for n in names or range(int(train.y.max()) + 1)])
