@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from pixelcnn_lit.build import Range, check
 from pixelcnn_lit.callbacks import EpochLine, HParams, SampleGrid, ScoreAtTheEnd, Stopwatch
+from pixelcnn_lit.checkpoints import AtomicCheckpointIO
 from pixelcnn_lit.command import command, run_dir
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.errors import UserError
@@ -60,6 +61,7 @@ def main(
         trainer,
         callbacks=[*extras, stopwatch, HParams(settings), ScoreAtTheEnd(), *progress],
         logger=TensorBoardLogger(directory, name="", version="", default_hp_metric=False),
+        plugins=[AtomicCheckpointIO()],
         default_root_dir=directory,
     )
     require_validation(fitter)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -21,6 +22,7 @@ import pixelcnn_lit.sample
 import pixelcnn_lit.summarize
 import pixelcnn_lit.train
 from pixelcnn_lit.callbacks import LastCheckpoint
+from pixelcnn_lit.checkpoints import AtomicCheckpointIO
 from pixelcnn_lit.command import CONF
 from pixelcnn_lit.data.module import image_data
 from pixelcnn_lit.lit import DensityModel, load
@@ -256,6 +258,22 @@ def test_a_gpu_run_trains_in_bf16_and_draws(tmp_path):
     result = one_run(tmp_path, "trainer=gpu", "callbacks.samples.every_n_epochs=1")
     assert result["precision"] == "bf16-mixed"
     assert (tmp_path / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("moment", ["save", "fsync", "replace"])
+def test_a_checkpoint_cut_off_while_it_is_written_leaves_the_earlier_one(tmp_path, monkeypatch, moment):
+    io, path = AtomicCheckpointIO(), tmp_path / "checkpoints" / "last.ckpt"
+    io.save_checkpoint({"step": torch.tensor(1)}, path)
+
+    def cut_off(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr({"save": torch}.get(moment, os), moment, cut_off)
+        with pytest.raises(OSError, match="no space"):
+            io.save_checkpoint({"step": torch.tensor(2)}, path)
+    assert torch.load(path, weights_only=True) == {"step": torch.tensor(1)}
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_an_interrupted_validation_does_not_overwrite_the_last_checkpoint():
