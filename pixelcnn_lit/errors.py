@@ -48,6 +48,8 @@ def explain(error: BaseException) -> str | None:
             | MisconfigurationException()
         ):
             return " ".join(str(error).split())
+        case ValueError() if str(error).startswith("Config group override"):
+            return "a choice cannot be null; leave it out with ~NAME, for example ~scheduler"
         case OutOfMemoryError():
             return "the device ran out of memory; type a smaller dataset.batch_size or model_size"
         case OSError() if error.filename:

@@ -10,22 +10,26 @@ from pixelcnn_lit.build import Range
 
 
 class WarmupCosine(LambdaLR):
-    """Up to the optimizer's learning rate in a straight line, then down to zero along half a cosine.
+    """From 1/25 of the optimizer's learning rate up to it along half a cosine, then down to zero along another.
 
-    `total_steps` is the present run's, not saved with it: a run that goes on for longer follows the longer cosine.
-    (torch's OneCycleLR divides by zero at 20 steps and cannot be extended.)
+    The course of torch's OneCycleLR, which however divides by zero at 20 steps and cannot be extended: here
+    `total_steps` is the present run's, not saved with it, so that a run that goes on follows the longer course.
 
     Args:
         total_steps: optimizer steps of the whole run.
-        warmup: share of them, at least one step.
+        warmup: share of them on the way up.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup: Annotated[float, Range(0, 1)] = 0.05) -> None:
-        warmup_steps = max(1, round(warmup * total_steps))
+        top = max(0.0, warmup * total_steps - 1)
 
         def factor(step: int) -> float:
-            rise = (step + 1) / warmup_steps
-            progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-            return min(rise, 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, progress))))
+            if step < top:
+                return _half_cosine(1 / 25, 1, step / top)
+            return _half_cosine(1, 0, min(1.0, (step - top) / max(1.0, total_steps - 1 - top)))
 
         super().__init__(optimizer, factor)
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (0.5 + 0.5 * math.cos(math.pi * progress))

@@ -92,6 +92,7 @@ TYPOS = [
     ("ckpt=3", "ckpt=3: must be a text or null"),
     ("ckpt=missing.ckpt", "ckpt=missing.ckpt: no such file"),
     ("n_residual", "n_residual: not an override; type key=value"),
+    ("scheduler=null", "a choice cannot be null; leave it out with ~NAME"),
     ("dataset=npz", "dataset.path is missing; type dataset.path=..."),
     ("dataset=npz dataset.path=absent.npz", "dataset.path=absent.npz: no such file"),
     ("dataset.download=true", "there is no such setting"),
