@@ -104,16 +104,14 @@ class ScoreAtTheEnd(Callback):
 
 
 class EpochLine(Callback):
-    """One printed line an epoch, for terminals and logs without a progress bar."""
+    """One printed line an epoch, for logs and pipes, where no progress bar is."""
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        if trainer.is_global_zero and not trainer.sanity_checking and "train/nll" in metrics:
-            figures = f"train {metrics['train/nll']:.4f} nats/dim, val {metrics['val/bpd']:.4f} bpd"
-            print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}: {figures}",
-                flush=True,
-            )
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.is_global_zero:
+            train, val = figures["train/nll"], figures.get("val/bpd", float("nan"))
+            where = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
+            print(f"{where}: train {bits(train):.4f}, val {val:.4f} bpd", flush=True)
 
 
 class HParams(Callback):

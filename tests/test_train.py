@@ -79,6 +79,17 @@ def test_a_run_leaves_result_settings_checkpoints_and_pictures(run):
     assert OmegaConf.to_container(saved, resolve=True)  # nothing is left to resolve
 
 
+def test_a_line_an_epoch_tells_its_own_figures(tmp_path, capsys):
+    result = one_run(tmp_path, "~callbacks.samples")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/2, step 4", "epoch 2/2, step 8"]
+    assert min(float(line.split()[-2]) for line in lines) == pytest.approx(result["val/bpd"], abs=1e-4)
+    logged = EventAccumulator(str(tmp_path)).Reload().Scalars("train/nll")
+    assert [float(line.split()[5].rstrip(",")) for line in lines] == pytest.approx(
+        [event.value / math.log(2) for event in logged], abs=1e-4
+    )
+
+
 def test_tensorboard_has_scalars_pictures_and_hparams(run):
     events = EventAccumulator(str(run)).Reload()
     expected = {"train/nll", "train/nll_step", "val/nll", "val/bpd", "test/bpd", "best/val_bpd", "lr-AdamW"}
