@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -135,9 +136,9 @@ def closing_lines(result: dict[str, Any], directory: Path, grids: list[Path]) ->
         f"on {result['val/images']} and {result['test/images']} images (a uniform model: {result['uniform_bpd']:.4f})",
         f"{result['n_params']:,} parameters, {result['images_per_second']:.0f} training images/s, "
         f"{result['seconds']:.0f} s in all",
-        f"best checkpoint: {result['checkpoint']}",
-        *(f"its samples:     {path}" for path in grids),
-        f"look at it:      tensorboard --logdir {directory}",
+        f"best checkpoint: {os.path.relpath(result['checkpoint'])}",
+        *(f"its samples:     {os.path.relpath(path)}" for path in grids),
+        f"look at it:      tensorboard --logdir {os.path.relpath(directory)}",
     ]
     return "\n".join(lines)
 

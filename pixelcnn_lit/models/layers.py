@@ -29,9 +29,9 @@ class CausalConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, mask_type: Literal["A", "B"]) -> None:
         super().__init__()
-        self.rows, self.half = kernel_size // 2 + 1, kernel_size // 2
+        self.rows, self.side = kernel_size // 2 + 1, kernel_size // 2
         mask = torch.ones(1, 1, self.rows, kernel_size)
-        mask[..., -1, self.half + (mask_type == "B") :] = 0
+        mask[..., -1, self.side + (mask_type == "B") :] = 0
         self.register_buffer("mask", mask, persistent=False)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, self.rows, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
@@ -42,13 +42,13 @@ class CausalConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,in,H,W] -> [B,out,H,W]."""
-        padded = F.conv2d(x, self.weight * self.mask, self.bias, padding=(self.rows - 1, self.half))
+        padded = F.conv2d(x, self.weight * self.mask, self.bias, padding=(self.rows - 1, self.side))
         return padded[:, :, : x.shape[2]]  # padding is symmetric; its rows below the image are cut off
 
     def reach(self, seen: Tensor) -> Tensor:
         """The inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""
         below = F.pad(seen.to(self.mask)[None, None], (0, 0, 0, self.rows - 1))
-        return F.conv_transpose2d(below, self.mask, padding=(self.rows - 1, self.half))[0, 0] > 0
+        return F.conv_transpose2d(below, self.mask, padding=(self.rows - 1, self.side))[0, 0] > 0
 
 
 class ChannelNorm(nn.LayerNorm):
