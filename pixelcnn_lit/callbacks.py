@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pixelcnn_lit.build import Range, check, inspect_config
 from pixelcnn_lit.data.images import first_of_each_class
+from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.lit import DensityModel, bits
 from pixelcnn_lit.pictures import grid, save
 
@@ -32,14 +33,15 @@ class SampleGrid(Callback):
         check("callbacks.samples", SampleGrid, {"every_n_epochs": every_n_epochs}, known=("sampler",))
         self.sampler, self.every_n_epochs = dict(sampler), every_n_epochs
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: DensityModel) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         n = self.sampler["n_per_class"]
-        real = first_of_each_class(trainer.datamodule.train, pl_module.num_classes, n)
+        data: ImageData = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        real = first_of_each_class(data.train, pl_module.num_classes, n)
         self._show(trainer, "real", grid(real, pl_module.levels, n))
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: DensityModel) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due and trainer.is_global_zero and not trainer.sanity_checking:
             self.draw(trainer, pl_module)
@@ -125,9 +127,9 @@ class HParams(Callback):
             trainer.logger.log_hyperparams(_flat(self.settings), {"best/val_bpd": float("nan")})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        best = trainer.checkpoint_callback.best_model_score if trainer.checkpoint_callback else None
-        if trainer.logger and best is not None:
-            trainer.logger.log_metrics({"best/val_bpd": float(bits(best))}, trainer.global_step)
+        best = trainer.checkpoint_callback
+        if trainer.logger and isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
+            trainer.logger.log_metrics({"best/val_bpd": float(bits(best.best_model_score))}, trainer.global_step)
 
     on_fit_end = on_train_epoch_end  # the last score is in by now
 

@@ -9,7 +9,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from torch import OutOfMemoryError

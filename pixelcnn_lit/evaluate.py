@@ -16,7 +16,7 @@ def main(
     model = load(ckpt)
     data = saved_or_given(model.hparams["dataset"], dataset)
     data.setup()
-    require_same(ckpt, model.hparams, data.facts)
+    require_same(ckpt, dict(model.hparams), data.facts)
     scorer = make_trainer(trainer, logger=False, enable_checkpointing=False)
     scorer.test(model, data.score_dataloader(getattr(data, split)), verbose=False)
     figures = {key.removeprefix("test/"): float(value) for key, value in scorer.callback_metrics.items()}

@@ -58,5 +58,6 @@ class Categorical(nn.Module):
                 for b in range(c):
                     h = h + self.tables[f"{b}_{c}"](x[:, b].long())
                 head = self.heads[c]
+                assert isinstance(head, nn.Linear)
                 h = F.linear(F.relu(h), head.weight.to(h.dtype), head.bias.to(h.dtype))
             return h.log_softmax(-1)

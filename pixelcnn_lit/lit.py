@@ -17,7 +17,7 @@ from pixelcnn_lit.build import Range, build, resolve
 from pixelcnn_lit.errors import UserError
 
 # What is scored or sampled in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32).
-torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def bits(nats: Any) -> Any:
@@ -29,6 +29,8 @@ class MeanNats(Metric):
     """Mean nats an image, over all and per class: sums over counts, exact for short batches and several processes."""
 
     full_state_update = False
+    nats: Tensor
+    images: Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -81,7 +83,7 @@ class DensityModel(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         data = {"image_shape": tuple(image_shape), "levels": levels}
-        self.likelihood: nn.Module = build("likelihood", likelihood, nn.Module, **data)
+        self.likelihood: Any = build("likelihood", likelihood, nn.Module, **data)
         self.net: nn.Module = build(
             "model", model, nn.Module, **data, num_classes=num_classes, out_channels=self.likelihood.out_channels
         )
@@ -149,11 +151,11 @@ class DensityModel(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build("optimizer", self.optimizer_config, Optimizer, params=self.parameters())
-        return {"optimizer": optimizer} | ({"lr_scheduler": self._schedule(optimizer)} if self.scheduler_config else {})
-
-    def _schedule(self, optimizer: Optimizer) -> dict[str, Any]:
-        """A scheduler that takes `total_steps` moves every step, any other every epoch."""
         config = self.scheduler_config
+        return {"optimizer": optimizer} | ({"lr_scheduler": self._schedule(config, optimizer)} if config else {})
+
+    def _schedule(self, config: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+        """A scheduler that takes `total_steps` moves every step, any other every epoch."""
         total = "total_steps" in inspect.signature(resolve(config["_target_"], LRScheduler)).parameters
         facts = {"total_steps": self._total_steps()} if total else {}
         scheduler = build("scheduler", config, LRScheduler, optimizer=optimizer, **facts)

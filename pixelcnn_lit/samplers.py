@@ -1,7 +1,7 @@
 """Sampling as a function of noise: the same seed gives the same image, whatever the batch or the device."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +14,24 @@ Pick = Callable[[Tensor, int, int, int], Tensor]
 
 
 @torch.no_grad()
-def walk(
-    net: nn.Module, likelihood: nn.Module, y: Tensor, pick: Pick, canvas: Tensor, progress: bool = False
-) -> Tensor:
+def walk(net: nn.Module, likelihood: Any, y: Tensor, pick: Pick, canvas: Tensor, progress: bool = False) -> Tensor:
     """Go through the pixels in raster order and fill `canvas` uint8 [B,C,H,W] in place.
 
     `pick(logits [B,V], c, i, j)` returns the level, int64 [B], of channel c at row i, column j. The network runs once
     a pixel, on the rows so far; it is in eval mode meanwhile.
     """
     _, channels, height, width = canvas.shape
-    modes = net.training, likelihood.training
-    net.eval(), likelihood.eval()
+    modes = [(module, module.training) for module in (net, likelihood)]
+    for module, _ in modes:
+        module.eval()
     for p in tqdm(range(height * width), "pixels", disable=not progress, leave=False):
         i, j = divmod(p, width)
         features = net(canvas[:, :, : i + 1], y)[:, :, i, j]
         for c in range(channels):
             logits = likelihood.channel_logits(features, canvas[:, :, i, j], c)
             canvas[:, c, i, j] = pick(logits, c, i, j).to(torch.uint8)
-    net.train(modes[0]), likelihood.train(modes[1])
+    for module, mode in modes:
+        module.train(mode)
     return canvas
 
 
@@ -45,7 +45,7 @@ def inverse_cdf(logits: Tensor, u: Tensor) -> Tensor:
 
 def naive(
     net: nn.Module,
-    likelihood: nn.Module,
+    likelihood: Any,
     y: Tensor,
     image_shape: tuple[int, int, int],
     *,

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
@@ -53,9 +52,6 @@ def main(
         "trainer": trainer,
         "callbacks": callbacks,
     }
-    if rank_zero_only.rank == 0:
-        OmegaConf.save(settings, directory / "config.yaml")
-        (directory / "result.json").unlink(missing_ok=True)
     stopwatch = Stopwatch()
     progress = [] if sys.stdout.isatty() else [EpochLine()]
     fitter = make_trainer(
@@ -65,16 +61,20 @@ def main(
         plugins=[AtomicCheckpointIO()],
         default_root_dir=directory,
     )
+    if fitter.is_global_zero:
+        OmegaConf.save(settings, directory / "config.yaml")
+        (directory / "result.json").unlink(missing_ok=True)
     require_validation(fitter)
     averaged = any(isinstance(callback, WeightAveraging) for callback in extras)
     fitter.fit(density, data, ckpt_path=resume_from(ckpt, density, directory, averaged), weights_only=True)
 
-    if not fitter.checkpoint_callback or fitter.checkpoint_callback.best_model_score is None:
+    kept = fitter.checkpoint_callback
+    if not isinstance(kept, ModelCheckpoint) or kept.best_model_score is None:
         raise UserError("nothing was trained and validated in this run: type a larger trainer.max_epochs")
-    best = load(fitter.checkpoint_callback.best_model_path)
+    best = load(kept.best_model_path)
     fitter.test(best, data, verbose=False)
     if fitter.is_global_zero:
-        result = summary(fitter, density, best, data, stopwatch) | {"seconds": time.perf_counter() - began}
+        result = summary(fitter, kept, density, best, data, stopwatch) | {"seconds": time.perf_counter() - began}
         (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         grids = [callback.draw(fitter, best) for callback in extras if isinstance(callback, SampleGrid)]
         print(closing_lines(result, directory, grids))
@@ -104,11 +104,16 @@ def resume_from(ckpt: str | None, density: DensityModel, directory: Path, averag
 
 
 def summary(
-    trainer: L.Trainer, density: DensityModel, best: DensityModel, data: ImageData, stopwatch: Stopwatch
+    trainer: L.Trainer,
+    kept: ModelCheckpoint,
+    density: DensityModel,
+    best: DensityModel,
+    data: ImageData,
+    stopwatch: Stopwatch,
 ) -> dict[str, Any]:
     """What result.json holds: figures are of the weights best on validation."""
-    checkpoint = trainer.checkpoint_callback
-    val_nll = float(checkpoint.best_model_score)
+    assert kept.best_model_score is not None
+    val_nll = float(kept.best_model_score)
     per_class = [None if math.isnan(bpd) else bpd for bpd in best.bpd_per_class]  # JSON knows no NaN
     return {
         "label": data.label,
@@ -124,7 +129,7 @@ def summary(
         "steps": trainer.global_step,
         "images_per_second": stopwatch.images_per_second,
         "precision": trainer.precision,
-        "checkpoint": checkpoint.best_model_path,
+        "checkpoint": kept.best_model_path,
         "overrides": list(HydraConfig.get().overrides.task),
     }
 

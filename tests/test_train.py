@@ -174,7 +174,7 @@ def test_the_mean_counts_every_image_once_whatever_the_batches(run):
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     for data.batch_size in (7, 32, 250):
         trainer.test(model, data.test_dataloader(), verbose=False)
-        assert float(trainer.callback_metrics["test/bpd"]) == pytest.approx(float(exact), abs=1e-6)
+        assert float(trainer.callback_metrics["test/bpd"]) == pytest.approx(float(exact), abs=1e-5)
 
 
 def test_a_uniform_model_scores_log2_of_the_levels(run):

@@ -11,16 +11,13 @@ def digits() -> Images:
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (the test part).
     """
-    bunch = load_digits()
-    everything = Split(
-        torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1),  # [1797,1,8,8]
-        torch.from_numpy(bunch.target).long(),
-    )
+    x, y = load_digits(return_X_y=True)
+    everything = Split(torch.from_numpy(x).to(torch.uint8).reshape(1797, 1, 8, 8), torch.from_numpy(y).long())
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
     return Images(
         train=everything[order[:1297]],
         validation=everything[order[1297:1547]],
         test=everything[order[1547:]],
-        class_names=[str(name) for name in bunch.target_names],
+        class_names=[str(digit) for digit in range(10)],
         levels=17,
     )

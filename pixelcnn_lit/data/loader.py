@@ -77,7 +77,7 @@ def loader(dataset: Gather, batches: Batches, num_workers: int) -> LazyLoader:
     return LazyLoader(
         dataset,
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]
-        collate_fn=_whole,
+        collate_fn=_whole,  # pyright: ignore[reportArgumentType]
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -46,23 +46,23 @@ class ImageData(L.LightningDataModule):
         random_crop: Annotated[int, Range(0)] = 0,
     ) -> None:
         super().__init__()
-        self.load, self.name, self.seed = load, name, seed
+        self.load, self.title, self.seed = load, name, seed
         self.batch_size, self.num_workers, self.validation_fraction = batch_size, num_workers, validation_fraction
-        self.levels, self.dynamic = levels, levels == 2 and binarization == "dynamic"
+        self._wanted_levels, self.dynamic = levels, levels == 2 and binarization == "dynamic"
         self.resize, self.pad, self.horizontal_flip, self.random_crop = resize, pad, horizontal_flip, random_crop
 
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "train"):
             return
         images = self.load()
-        once.verify(images, self.name)
+        once.verify(images, self.title)
         if images.validation is None:
             images.train, images.validation = once.carve_validation(images.train, self.validation_fraction, seed=0)
         self.class_names = images.class_names
         self._source_levels = images.levels
-        self.levels = images.levels if self.levels is None else self.levels
+        self.levels = self._wanted_levels or images.levels
         if self.levels > images.levels:
-            raise UserError(f"dataset.levels={self.levels}: {self.name} has {images.levels}; type that or less")
+            raise UserError(f"dataset.levels={self.levels}: {self.title} has {images.levels}; type that or less")
         framed = {name: self._frame(split) for name, split in images.splits().items()}
         shown = {name: self._requantise(split) for name, split in framed.items()}
         self.train, self.validation, self.test = shown["train"], shown["validation"], shown["test"]
@@ -110,7 +110,7 @@ class ImageData(L.LightningDataModule):
             (self.random_crop, f"trained with crops of {self.random_crop}"),
         ]
         return ", ".join(
-            [f"{self.name} {channels}×{height}×{width}", f"{self.levels} levels", *(t for on, t in changes if on)]
+            [f"{self.title} {channels}×{height}×{width}", f"{self.levels} levels", *(t for on, t in changes if on)]
         )
 
     def train_dataloader(self) -> each.LazyLoader:
