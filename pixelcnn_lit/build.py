@@ -91,7 +91,8 @@ def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], k
         if not fits(value, hints.get(key, Any)):
             raise UserError(f"{prefix}{key}={value}: must be {describe(hints[key])}")
     for key, parameter in parameters.items():
-        required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        required = parameter.default is parameter.empty and not variadic
         if required and key not in known and key not in values:
             raise UserError(f"{prefix}{key} is missing; type {prefix}{key}=...")
 
