@@ -42,9 +42,9 @@ class MeanNats(Metric):
         self.nats.index_add_(0, y, nats.to(self.nats.dtype))
         self.images.index_add_(0, y, torch.ones_like(nats, dtype=self.images.dtype))
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """The mean [], and the mean of each class [num_classes], NaN where a class is absent."""
-        return self.nats.sum() / self.images.sum(), self.nats / self.images
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean [], the mean of each class [num_classes] (NaN where it is absent), and the number of images []."""
+        return self.nats.sum() / self.images.sum(), self.nats / self.images, self.images.sum()
 
 
 class DensityModel(L.LightningModule):
@@ -117,7 +117,7 @@ class DensityModel(L.LightningModule):
         if self.label_dropout:
             y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.label_dropout, self.num_classes)
         nll = self.nats(x, y).mean() / self.dims
-        self.log("train/nll", nll, on_step=False, on_epoch=True)
+        self.log("train/nll", nll, on_step=False, on_epoch=True, sync_dist=True)
         self.log("train/nll_step", nll, prog_bar=True)
         return nll
 
@@ -139,14 +139,14 @@ class DensityModel(L.LightningModule):
         self._report("test")
 
     def _report(self, split: str) -> None:
-        per_image, per_class = self.score.compute()
-        self.images_scored = int(self.score.images.sum())
+        per_image, per_class, images = self.score.compute()
+        self.images_scored = int(images)
         self.score.reset()
         figures = {f"{split}/nll": per_image / self.dims}
         figures[f"{split}/bpd"] = bits(figures[f"{split}/nll"])
         if self.levels == 2:
             figures[f"{split}/nats_per_image"] = per_image
-        self.log_dict(figures, prog_bar=True)
+        self.log_dict(figures, prog_bar=True, sync_dist=True)  # every rank has the same by now
         self.bpd_per_class = bits(per_class / self.dims).tolist()
 
     def configure_optimizers(self) -> Any:

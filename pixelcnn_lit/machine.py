@@ -29,6 +29,7 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
     # Our loaders stride over the ranks themselves; gathering whole batches needs few workers.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.15
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # renamed in torch 2.15, not yet in 2.11
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # as it is when a run goes on
     try:
         return L.Trainer(**settings, **extra, use_distributed_sampler=False, enable_model_summary=False)
