@@ -69,6 +69,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.training:
             super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, KeyboardInterrupt):
+            directory = trainer.default_root_dir
+            print(f"stopped at step {trainer.global_step}; type the same with run_dir={directory} ckpt=last to go on")
 
 
 class Stopwatch(Callback):
@@ -77,8 +80,10 @@ class Stopwatch(Callback):
     def __init__(self) -> None:
         self.seconds, self.images = 0.0, 0
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.perf_counter()
+
+    on_train_epoch_start = on_train_start  # which a run that goes on inside an epoch does not pass
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

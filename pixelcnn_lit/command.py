@@ -51,7 +51,7 @@ def command(config_name: str) -> Callable[[Callable[..., None]], Callable[[], No
 
 def run_dir() -> Path:
     """The directory of the job that runs: `run_dir`, or a numbered one inside it in a sweep."""
-    return Path(HydraConfig.get().runtime.output_dir)
+    return Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
 
 
 def _run(function: Callable[..., None], debug: bool, cfg: DictConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
 from pixelcnn_lit.build import check
@@ -28,13 +29,14 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Our loaders stride over the ranks themselves; gathering whole batches needs few workers.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.15
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # renamed in torch 2.15, not yet in 2.11
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # as it is when a run goes on
     try:
         return L.Trainer(**settings, **extra, use_distributed_sampler=False, enable_model_summary=False)
-    except ValueError as error:
-        raise UserError(f"trainer: {error}") from error
+    except (ValueError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())} (trainer=auto fits any machine)") from error
 
 
 def fast_bf16(accelerator: str) -> bool:

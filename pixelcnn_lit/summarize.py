@@ -17,14 +17,17 @@ def main() -> None:
     if not jobs:
         sys.exit(f"error: {sys.argv[1]}: no runs in it")
     done = {job: json.loads((job / "result.json").read_text()) for job in jobs if (job / "result.json").is_file()}
-    print(*(f"{column:>17}" for column in COLUMNS), " job: overrides", sep="")
-    for job, result in sorted(done.items(), key=lambda item: item[1]["val/bpd"]):
+    print(*(f"{column:>19}" for column in COLUMNS), " job: overrides", sep="")
+    label = None
+    for job, result in sorted(done.items(), key=lambda item: (item[1]["label"], item[1]["val/bpd"])):
+        if result["label"] != label:  # figures of different images do not compare
+            print(label := result["label"])
         cells = (_cell(result[column]) for column in COLUMNS)
-        print(*(f"{cell:>17}" for cell in cells), f"  {job}: {' '.join(result['overrides'])}", sep="")
+        print(*(f"{cell:>19}" for cell in cells), f"  {job}: {' '.join(result['overrides'])}", sep="")
     for job in jobs:
         if job not in done:
             overrides = " ".join(OmegaConf.load(job / "hydra" / "overrides.yaml"))
-            print(f"{'failed':>17}  {job}: {overrides}\n{'':>17}  {_reason(job)}")
+            print(f"{'failed':>19}  {job}: {overrides}\n{'':>19}  {_reason(job)}")
 
 
 def _trains(hydra_yaml: Path) -> bool:

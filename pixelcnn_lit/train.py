@@ -142,8 +142,8 @@ def closing_lines(result: dict[str, Any], directory: Path, grids: list[Path]) ->
         f"{result['n_params']:,} parameters, {result['images_per_second']:.0f} training images/s, "
         f"{result['seconds']:.0f} s in all",
         f"best checkpoint: {os.path.relpath(result['checkpoint'])}",
-        *(f"its samples:     {os.path.relpath(path)}" for path in grids),
-        f"look at it:      tensorboard --logdir {os.path.relpath(directory)}",
+        *(f"its samples:     {path}" for path in grids),
+        f"look at it:      tensorboard --logdir {directory}",
     ]
     return "\n".join(lines)
 

@@ -80,7 +80,7 @@ TYPOS = [
     ("dataset.levels=18", "digits has 17"),
     ("trainer.max_epochs=many", "trainer.max_epochs=many: must be a whole number"),
     ("trainer.precision=12", "trainer.precision=12"),
-    ("trainer.accelerator=abacus", "abacus"),
+    ("trainer.accelerator=abacus", "trainer=auto fits any machine"),
     ("seed=-1", "seed=-1: must be a whole number >= 0"),
     ("label_dropout=2", "label_dropout=2: must be a number >= 0 and <= 1"),
     ("compile=maybe", "compile=maybe: must be true or false"),

@@ -235,6 +235,21 @@ def test_a_run_stopped_inside_an_epoch_goes_on_to_the_end(tmp_path):
     assert one_run(tmp_path, "ckpt=last")["epochs"] == 2
 
 
+def test_a_run_that_broke_off_inside_an_epoch_goes_on(tmp_path, monkeypatch):
+    def broken(self, batch, batch_index):
+        if self.global_step == 2:
+            raise RuntimeError("broken off")
+        return step(self, batch, batch_index)
+
+    step = DensityModel.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(DensityModel, "training_step", broken)
+        with pytest.raises(RuntimeError, match="broken off"):
+            one_run(tmp_path)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert one_run(tmp_path, "ckpt=last")["epochs"] == 2
+
+
 def test_a_finished_run_can_be_made_longer(tmp_path):
     one_run(tmp_path)
     assert one_run(tmp_path, "ckpt=last", "trainer.max_epochs=3")["steps"] == 12
@@ -311,7 +326,7 @@ def test_an_interrupted_validation_does_not_overwrite_the_last_checkpoint():
     callback = LastCheckpoint(save_on_exception=True)
     callback._save_last_checkpoint = callback._save_topk_checkpoint = lambda *_: saved.append(1)
     validating = SimpleNamespace(training=False, validating=True)
-    callback.on_exception(validating, None, KeyboardInterrupt())
+    callback.on_exception(validating, None, RuntimeError())
     assert not saved
 
 
@@ -326,13 +341,15 @@ def test_label_dropout_hides_the_class_from_some_images(run):
 
 
 def test_a_sweep_leaves_a_table_and_names_its_failed_jobs(tmp_path, monkeypatch, capsys):
-    sweep = [*TINY, "trainer.max_epochs=1", f"run_dir={tmp_path}", "callbacks.samples.every_n_epochs=0"]
+    monkeypatch.chdir(tmp_path)
+    sweep = [*TINY, "trainer.max_epochs=1", "~callbacks.samples"]
     with pytest.raises(SystemExit):
         command(monkeypatch, pixelcnn_lit.train.main, "-m", *sweep, "model.n_residual=-1,1,2")
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["summarize", str(tmp_path)])
     pixelcnn_lit.summarize.main()
     table = capsys.readouterr().out
+    assert "\ndigits 1×8×8, 17 levels\n" in table
     rows = [line for line in table.splitlines() if "model.n_residual=" in line]
     assert len(rows) == 4  # two results, the failed job, its reason
     assert float(rows[0].split()[0]) <= float(rows[1].split()[0])

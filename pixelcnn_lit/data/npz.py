@@ -24,7 +24,8 @@ def npz(path: str) -> Images:
             train, test = (_split(path, archive, part) for part in ("train", "test"))
             names = archive["class_names"].tolist() if "class_names" in archive else None
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError, MemoryError) as error:
-        raise UserError(f"dataset.path={path}: a damaged npz file ({error}); make it anew") from error
+        cause = error if zipfile.is_zipfile(path) else "not a zip archive"
+        raise UserError(f"dataset.path={path}: no npz file, or a damaged one ({cause}); make it anew") from error
     # Without names the training labels tell how many classes there are.
     return Images(train, test, [str(n) for n in names or range(int(train.y.max()) + 1)])
 
