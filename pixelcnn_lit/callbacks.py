@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from pixelcnn_lit.build import Range, check, inspect_config
+from pixelcnn_lit.command import shown
 from pixelcnn_lit.data.images import first_of_each_class
 from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.lit import DensityModel, bits
@@ -70,7 +71,7 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.training:
             super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, KeyboardInterrupt):
-            directory = trainer.default_root_dir
+            directory = shown(trainer.default_root_dir)
             print(f"stopped at step {trainer.global_step}; type the same with run_dir={directory} ckpt=last to go on")
 
 

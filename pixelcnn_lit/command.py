@@ -51,7 +51,12 @@ def command(config_name: str) -> Callable[[Callable[..., None]], Callable[[], No
 
 def run_dir() -> Path:
     """The directory of the job that runs: `run_dir`, or a numbered one inside it in a sweep."""
-    return Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def shown(path: Path | str) -> str:
+    """A path as it is printed: from the folder the user stands in."""
+    return os.path.relpath(path)
 
 
 def _run(function: Callable[..., None], debug: bool, cfg: DictConfig) -> None:

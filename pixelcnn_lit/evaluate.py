@@ -3,7 +3,7 @@
 import json
 from typing import Any, Literal
 
-from pixelcnn_lit.command import command, run_dir
+from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.lit import load, require_same
 from pixelcnn_lit.machine import make_trainer
@@ -31,7 +31,7 @@ def main(
     width = max(map(len, [*per_class, "all"]))
     for name, bpd in {**per_class, "all": figures["bpd"]}.items():
         print(f"{name:>{width}}  {bpd:.4f} bpd")
-    print(run_dir() / "evaluation.json")
+    print(shown(run_dir() / "evaluation.json"))
 
 
 def saved_or_given(saved: dict[str, Any], given: dict[str, Any]) -> ImageData:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from pixelcnn_lit.command import command, run_dir
+from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import load
 from pixelcnn_lit.machine import best_device
@@ -21,7 +21,7 @@ def main(ckpt: str, classes: list[int] | None, sampler: dict[str, Any]) -> None:
     directory, n = run_dir(), sampler["n_per_class"]
     save(grid(images, model.levels, n), directory / "samples.png")
     np.savez(directory / "samples.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=np.repeat(asked, n))
-    print(f"{len(images)} images of classes {asked}: {directory / 'samples.png'} and samples.npz beside it")
+    print(f"{len(images)} images of classes {asked}: {shown(directory / 'samples.png')} and samples.npz beside it")
 
 
 if __name__ == "__main__":

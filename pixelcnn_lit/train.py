@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from omegaconf import OmegaConf
 from pixelcnn_lit.build import Range, check
 from pixelcnn_lit.callbacks import EpochLine, HParams, SampleGrid, ScoreAtTheEnd, Stopwatch
 from pixelcnn_lit.checkpoints import AtomicCheckpointIO
-from pixelcnn_lit.command import command, run_dir
+from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel, bits, load, read_checkpoint, require_same
@@ -141,9 +140,9 @@ def closing_lines(result: dict[str, Any], directory: Path, grids: list[Path]) ->
         f"on {result['val/images']} and {result['test/images']} images (a uniform model: {result['uniform_bpd']:.4f})",
         f"{result['n_params']:,} parameters, {result['images_per_second']:.0f} training images/s, "
         f"{result['seconds']:.0f} s in all",
-        f"best checkpoint: {os.path.relpath(result['checkpoint'])}",
-        *(f"its samples:     {path}" for path in grids),
-        f"look at it:      tensorboard --logdir {directory}",
+        f"best checkpoint: {shown(result['checkpoint'])}",
+        *(f"its samples:     {shown(path)}" for path in grids),
+        f"look at it:      tensorboard --logdir {shown(directory)}",
     ]
     return "\n".join(lines)
 

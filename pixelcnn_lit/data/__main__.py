@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from pixelcnn_lit.command import command, run_dir
+from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.images import Split, first_of_each_class
 from pixelcnn_lit.data.module import image_data, uniform_bpd
 from pixelcnn_lit.pictures import grid, save
@@ -24,7 +24,7 @@ def main(dataset: dict[str, Any]) -> None:
         print(f"{class_name:>12}" + "".join(f"{int((split.y == label).sum()):>12}" for split in splits.values()))
     nine = first_of_each_class(data.train, len(data.class_names), 9)
     save(grid(nine, data.levels, per_row=9), run_dir() / "images.png")
-    print(run_dir() / "images.png")
+    print(shown(run_dir() / "images.png"))
 
 
 def channel_statistics(split: Split) -> tuple[list[float], list[float]]:
