@@ -123,7 +123,7 @@ class EpochLine(Callback):
 
 
 class HParams(Callback):
-    """TensorBoard's HPARAMS page: every setting as one flat key, beside the best val/bpd so far."""
+    """TensorBoard's HPARAMS page: settings as flat keys, beside the best val/bpd so far."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings

@@ -51,11 +51,12 @@ def main(
         "trainer": trainer,
         "callbacks": callbacks,
     }
+    shown_in_hparams = {key: value for key, value in settings.items() if key not in ("callbacks", "sampler")}
     stopwatch = Stopwatch()
     progress = [] if sys.stdout.isatty() else [EpochLine()]
     fitter = make_trainer(
         trainer,
-        callbacks=[*extras, stopwatch, HParams(settings), ScoreAtTheEnd(), *progress],
+        callbacks=[*extras, stopwatch, HParams(shown_in_hparams), ScoreAtTheEnd(), *progress],
         logger=TensorBoardLogger(directory, name="", version="", default_hp_metric=False),
         plugins=[AtomicCheckpointIO()],
         default_root_dir=directory,

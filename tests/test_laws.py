@@ -34,7 +34,7 @@ PAIRS = list(itertools.product(NETWORKS, LIKELIHOODS))
 
 
 def configs(network: str, likelihood: str, n_residual: int = 1, conditional: bool = True) -> dict[str, dict]:
-    """The model and likelihood configs of conf/, 8 channels wide."""
+    """The model, likelihood and optimizer configs of conf/, the network 8 channels wide."""
     name, *overrides = network.split()
     sizes = [
         "model.hidden_channels=8",
@@ -50,15 +50,7 @@ def make(
     network: str, likelihood: str, image_shape=(1, 4, 4), levels=3, num_classes=3, conditional=True, n_residual=1
 ) -> tuple[nn.Module, nn.Module]:
     """A tiny network and likelihood of conf/ in float64 and eval mode, every parameter and buffer redrawn."""
-    name, *overrides = network.split()
-    sizes = [
-        "model.hidden_channels=8",
-        f"model.n_residual={n_residual}",
-        f"model.conditional={str(conditional).lower()}",
-    ]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [f"model={name}", f"likelihood={likelihood}", "model_size=tiny", *sizes, *overrides])
-    config = {group: OmegaConf.to_container(cfg[group], resolve=True) for group in ("model", "likelihood")}
+    config = configs(network, likelihood, n_residual, conditional)
     facts = {"image_shape": image_shape, "levels": levels}
     inside = build("likelihood", config["likelihood"], nn.Module, **facts)
     net = build("model", config["model"], nn.Module, num_classes=num_classes, out_channels=inside.out_channels, **facts)
