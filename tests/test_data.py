@@ -42,12 +42,14 @@ def test_digits_are_split_1297_250_250_without_overlap():
     assert torch.equal(everything.double().sort(0).values, torch.tensor(load_digits().data).sort(0).values)
 
 
-def test_the_validation_split_does_not_depend_on_the_seed():
+def test_the_validation_split_does_not_depend_on_the_seed(tmp_path):
     x = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1)
     train, validation = once.carve_validation(Split(x, torch.zeros(100).long()), 0.1, seed=0)
     assert (len(train), len(validation)) == (90, 10)
     assert sorted(torch.cat([train.x, validation.x]).flatten().tolist()) == list(range(100))
-    assert torch.equal(open_data(seed=1).validation.x, open_data(seed=2).validation.x)
+    save_npz(tmp_path / "x.npz")
+    one, two = (open_data("dataset=npz", f"dataset.path={tmp_path}/x.npz", seed=seed) for seed in (1, 2))
+    assert torch.equal(one.validation.x, two.validation.x)
 
 
 def epoch_of(data: ImageData, epoch: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from pixelcnn_lit.build import build
 from pixelcnn_lit.command import CONF
 from pixelcnn_lit.lit import DensityModel, load
+from pixelcnn_lit.models.layers import CausalConv2d
 
 TOLERANCE = 1e-9
 
@@ -210,3 +211,15 @@ def test_scaling_never_looks_at_the_data(network):
     dark, y = torch.ones(1, 1, 4, 4, dtype=torch.uint8), torch.tensor([0])
     beside = net(torch.cat([dark, 255 * dark]), y.repeat(2))[:1]
     assert torch.allclose(net(dark, y), beside, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+def test_masked_weights_never_leave_zero(mask_type):
+    """Published code multiplies weight.data in forward: masked weights get gradients, and leak until the next one."""
+    layer = CausalConv2d(2, 3, 5, mask_type)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.randn(4, 2, 6, 6)).square().sum().backward()
+    optimizer.step()
+    assert (layer.mask == 0).any()
+    for masked in (layer.weight.grad * (1 - layer.mask), layer.weight * (1 - layer.mask)):
+        assert not masked.any()

