@@ -43,20 +43,13 @@ def main(
     density = DensityModel(**facts, **model)
 
     extras: list[Callback] = [hydra.utils.instantiate(callback) for callback in callbacks.values()]
-    settings = {
-        "seed": seed,
-        "dataset": dataset,
-        **model,
-        "sampler": sampler,
-        "trainer": trainer,
-        "callbacks": callbacks,
-    }
-    shown_in_hparams = {key: value for key, value in settings.items() if key not in ("callbacks", "sampler")}
+    compared = {"seed": seed, "dataset": dataset, **model, "trainer": trainer}  # what a sweep varies
+    settings = {**compared, "sampler": sampler, "callbacks": callbacks}
     stopwatch = Stopwatch()
     progress = [] if sys.stdout.isatty() else [EpochLine()]
     fitter = make_trainer(
         trainer,
-        callbacks=[*extras, stopwatch, HParams(shown_in_hparams), ScoreAtTheEnd(), *progress],
+        callbacks=[*extras, stopwatch, HParams(compared), ScoreAtTheEnd(), *progress],
         logger=TensorBoardLogger(directory, name="", version="", default_hp_metric=False),
         plugins=[AtomicCheckpointIO()],
         default_root_dir=directory,

@@ -39,6 +39,11 @@ class Images:
         return {name: split for name, split in named.items() if split is not None}
 
 
+def channels_first(x: Tensor) -> Tensor:
+    """Images as most files hold them, [N,H,W] or [N,H,W,C], to [N,C,H,W]."""
+    return (x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
+
+
 def verify(images: Images, name: str) -> None:
     """Raise UserError unless shapes, values and classes are what the rest of the program relies on."""
     shapes = {tuple(split.x.shape[1:]) for split in images.splits().values()}

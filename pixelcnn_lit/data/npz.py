@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pixelcnn_lit.data.images import Images, Split
+from pixelcnn_lit.data.images import Images, Split, channels_first
 from pixelcnn_lit.errors import UserError
 
 
@@ -41,5 +41,4 @@ def _split(path: str, archive, part: str) -> Split:
             f"dataset.path={path}: {keys[0]} is {x.dtype} {list(x.shape)} and {keys[1]} {y.dtype} {list(y.shape)}; "
             "give uint8 [N,H,W] or [N,H,W,C] and integers [N]"
         )
-    images = torch.from_numpy(x[..., None] if x.ndim == 3 else x).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.from_numpy(y.astype(np.int64)))
+    return Split(channels_first(torch.from_numpy(x)), torch.from_numpy(y.astype(np.int64)))

@@ -8,7 +8,7 @@ from urllib.error import URLError
 import torch
 from torchvision import datasets
 
-from pixelcnn_lit.data.images import Images, Split
+from pixelcnn_lit.data.images import Images, Split, channels_first
 from pixelcnn_lit.errors import UserError
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte; a silent server otherwise hangs torchvision for ever
@@ -46,15 +46,11 @@ def _fetch(dataset: type, root: str, download: bool, by_hand: str) -> Images:
         raise UserError(
             f"{name} in dataset.root={root} has {lengths} images, not {LENGTHS[name]}; delete and reload it"
         )
-    train, test = (Split(_channels_first(part.data), torch.as_tensor(part.targets).long()) for part in parts)
+    train, test = (
+        Split(channels_first(torch.as_tensor(part.data)), torch.as_tensor(part.targets).long()) for part in parts
+    )
     # torchvision names MNIST's classes "0 - zero"
     return Images(train, test, [str(c).split(" - ")[0] for c in parts[0].classes])
-
-
-def _channels_first(data) -> torch.Tensor:
-    """uint8 [N,H,W] or [N,H,W,C] to [N,C,H,W]."""
-    x = torch.as_tensor(data)
-    return (x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
 
 
 @contextmanager
