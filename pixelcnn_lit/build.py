@@ -1,7 +1,7 @@
 """From plain values to objects: find a `_target_`, check its values against its own annotations, call it.
 
 Targets come from yaml files and from checkpoints, and a checkpoint may come from a stranger. So a target is never
-merely imported: it must be *defined* in this package or in torch.optim, and be of the kind the caller asks for.
+merely imported: it must be *defined* in one of HOMES, and be of the kind the caller asks for.
 """
 
 import importlib
@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pixelcnn_lit.errors import UserError, closest
 
-HOMES = ("pixelcnn_lit.", "torch.optim.")
-
+HOMES = ("pixelcnn_lit.", "torch.optim.", "lightning.pytorch.callbacks.")
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 

@@ -1,18 +1,21 @@
-"""What happens beside training: sample grids, a stopwatch, a line an epoch, the hyperparameters in TensorBoard."""
+"""What happens beside training: sample grids, a stopwatch, guards, a line an epoch, hyperparameters in TensorBoard."""
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from pixelcnn_lit.build import Range, check, inspect_config
+from pixelcnn_lit.build import Range, inspect_config
 from pixelcnn_lit.command import shown
 from pixelcnn_lit.data.images import first_of_each_class
 from pixelcnn_lit.data.module import ImageData
+from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel, bits
 from pixelcnn_lit.pictures import grid, save
 
@@ -31,7 +34,6 @@ class SampleGrid(Callback):
 
     def __init__(self, sampler: dict[str, Any], every_n_epochs: Annotated[int, Range(0)] = 10) -> None:
         inspect_config("sampler", sampler, Tensor, DensityModel.DRAW_FACTS)  # now, not after hours of training
-        check("callbacks.samples", SampleGrid, {"every_n_epochs": every_n_epochs}, known=("sampler",))
         self.sampler, self.every_n_epochs = dict(sampler), every_n_epochs
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -61,25 +63,28 @@ class SampleGrid(Callback):
         return path
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Saves last.ckpt after each epoch, and when training is interrupted; not inside validation.
+class Stopwatch(Callback):
+    """Seconds and images of training proper, without validation and sample grids, and the seconds of all.
 
-    There EMAWeightAveraging has the averaged weights in the place of the raw ones, and nothing would change them back.
+    A run that goes on adds to those it was cut off with.
     """
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.training:
-            super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, KeyboardInterrupt):
-            directory = shown(trainer.default_root_dir)
-            print(f"stopped at step {trainer.global_step}; type the same with run_dir={directory} ckpt=last to go on")
-
-
-class Stopwatch(Callback):
-    """Seconds and images of training proper: validation and sample grids are not counted."""
-
     def __init__(self) -> None:
-        self.seconds, self.images = 0.0, 0
+        self.seconds, self.images, self._before, self._began = 0.0, 0, 0.0, time.perf_counter()
+
+    @property
+    def all_seconds(self) -> float:
+        return self._before + time.perf_counter() - self._began
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "images": self.images, "all": self.all_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds, self.images, self._before = (state_dict[key] for key in ("seconds", "images", "all"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -96,10 +101,6 @@ class Stopwatch(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.perf_counter()
 
-    @property
-    def images_per_second(self) -> float:
-        return self.images / max(self.seconds, 1e-9)
-
 
 class ScoreAtTheEnd(Callback):
     """Validate when `max_steps` ends training inside an epoch, which Lightning does not: no score, no checkpoint."""
@@ -111,13 +112,48 @@ class ScoreAtTheEnd(Callback):
             trainer.should_stop = True
 
 
+class FiniteGuard(Callback):
+    """Stops a run whose loss or weights are no numbers any more, before any such weights are kept."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._broken_at = torch.tensor(-1, device=pl_module.device)  # step; on the device, which need not wait
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        broken = ~torch.isfinite(outputs["loss"].detach()) & (self._broken_at < 0)
+        self._broken_at = torch.where(broken, trainer.global_step, self._broken_at)
+        if pl_module.device.type == "cpu" or trainer.global_step % 10 == 0:
+            self._refuse(trainer, "the loss", int(self._broken_at))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not math.isfinite(trainer.callback_metrics.get("val/nll", 0.0)):
+            self._refuse(trainer, "the validation nll", trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._refuse(trainer, "the loss", int(self._broken_at))
+        if not all(weight.isfinite().all() for weight in pl_module.parameters()):
+            self._refuse(trainer, "a weight", trainer.global_step)
+
+    @staticmethod
+    def _refuse(trainer: L.Trainer, what: str, step: int) -> None:
+        if step < 0:
+            return
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        good = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
+        kept = f"the last good checkpoint is {shown(good)}" if good.is_file() else "no checkpoint was written before"
+        raise UserError(
+            f"{what} is not finite at epoch {trainer.current_epoch + 1}, step {step}, learning rate {rate:g}; {kept}; "
+            "type a smaller optimizer.lr or trainer.gradient_clip_val in a new run, or trainer.precision=32-true"
+        )
+
+
 class EpochLine(Callback):
     """One printed line an epoch, for logs and pipes, where no progress bar is."""
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            train, val = figures["train/nll"], figures.get("val/bpd", float("nan"))
+            train, val = pl_module.train_nll(), trainer.callback_metrics.get("val/bpd", float("nan"))
             where = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
             print(f"{where}: train {bits(train):.4f}, val {val:.4f} bpd", flush=True)
 

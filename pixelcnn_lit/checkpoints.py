@@ -1,30 +1,156 @@
-"""Checkpoint files that are whole or absent."""
+"""Files that are whole or absent, and that are data: checkpoints of a run, and weights to give away."""
 
+import errno
+import hashlib
+import json
 import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from safetensors import safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from pixelcnn_lit.errors import UserError
+
+UNFINISHED = ".tmp-"  # how the name of a file begins while it is written
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[IO[bytes]]:
+    """A file to write in the place of `target`: beside it, flushed to the disk, renamed.
+
+    A kill at any moment leaves the earlier file as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{UNFINISHED}{os.getpid()}-{target.name}")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """`text` and a newline as the file `target`, whole or not at all."""
+    with whole(target) as file:
+        file.write(f"{text}\n".encode())
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a killed run left unfinished."""
+    for stale in directory.glob(f"{UNFINISHED}*"):
+        stale.unlink()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the target, flush to the disk, rename: a kill at any moment leaves the earlier file whole.
+    """Checkpoints that are whole or absent.
 
     Lightning's own goes through $TMPDIR, and where that is another filesystem (Colab's Drive, a cluster's network
     disk) a kill inside the final copy leaves a damaged last.ckpt in place of a good one.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=target.parent, prefix=".tmp-", delete=False) as file:
-            try:
+        try:
+            with whole(Path(path)) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, target)
-            except BaseException:
-                os.unlink(file.name)
+        except (OSError, RuntimeError) as error:
+            needed, free = _size(checkpoint), shutil.disk_usage(Path(path).parent).free
+            # torch may hide a full disk behind a RuntimeError of its zip writer.
+            hidden = isinstance(error, RuntimeError) and free < needed
+            if not hidden and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
                 raise
+            raise UserError(
+                f"{path}: the disk is full: {needed:,} bytes are needed, {free:,} are free; the earlier checkpoint is "
+                "whole: make room and go on from it"
+            ) from error
+
+
+class _Counter:
+    """A file that only counts."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def write(self, content: Any) -> int:
+        self.bytes += len(content)
+        return len(content)
+
+    def flush(self) -> None: ...
+
+
+def _size(checkpoint: dict[str, Any]) -> int:
+    counter = _Counter()
+    torch.save(checkpoint, counter)  # pyright: ignore[reportArgumentType]
+    return counter.bytes
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """The plain dict in a .ckpt or .safetensors file, with at least `hyper_parameters` and `state_dict`.
+
+    Nothing in the file can run code, and a flipped bit is noticed: a .ckpt is a zip archive, whose checksums are
+    verified first; a .safetensors file of `write_weights` holds the SHA-256 of its contents. Raises UserError.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"ckpt={path}: no such file; type the path of a .ckpt or .safetensors")
+    try:
+        content = _read_weights(path) if path.endswith(".safetensors") else _read_archive(path)
+    except UserError:
+        raise
+    except Exception as error:  # zip, pickle and safetensors name their troubles in a dozen classes
+        raise UserError(
+            f"ckpt={path}: damaged, or not a checkpoint of plain values ({first_line(error)}); type another ckpt"
+        ) from error
+    if not isinstance(content, dict) or not {"hyper_parameters", "state_dict"} <= content.keys():
+        raise UserError(f"ckpt={path}: not a checkpoint of this program; type another ckpt")
+    return content
+
+
+def _read_archive(path: str) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(f"bad checksum in {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def write_weights(path: Path, weights: dict[str, Tensor], hyper_parameters: dict[str, Any]) -> None:
+    """Weights and what rebuilds their model as safetensors, which any program can read."""
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    config = json.dumps(hyper_parameters)
+    metadata = {"format": "pt", "hyper_parameters": config, "sha256": _digest(weights, config)}
+    with whole(path) as file:
+        file.write(safetensors_bytes(weights, metadata))
+
+
+def _read_weights(path: str) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    if not {"hyper_parameters", "sha256"} <= metadata.keys():
+        raise UserError(f"ckpt={path}: not written by pixelcnn_lit.export; type another ckpt")
+    if _digest(weights, metadata["hyper_parameters"]) != metadata["sha256"]:
+        raise ValueError("its SHA-256 is not the one written in it")
+    return {"hyper_parameters": json.loads(metadata["hyper_parameters"]), "state_dict": weights}
+
+
+def _digest(weights: dict[str, Tensor], config: str) -> str:
+    """SHA-256 of the config and of each weight's name, type, shape and bytes."""
+    digest = hashlib.sha256(config.encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,6 +1,7 @@
 """A user's mistake becomes one line that says what to type."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 from hydra.errors import (
@@ -11,7 +12,13 @@ from hydra.errors import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from torch import OutOfMemoryError
 
 
@@ -37,6 +44,8 @@ def explain(error: BaseException) -> str | None:
             return _unknown_key(error.__cause__)
         case InstantiationException() if isinstance(error.__cause__, UserError):
             return str(error.__cause__)
+        case InterpolationResolutionError() if error.__cause__ and (line := explain(error.__cause__)):
+            return line
         case MissingMandatoryValue():
             return f"{error.full_key} is missing; type {error.full_key}=..."
         case OverrideParseException():
@@ -52,6 +61,8 @@ def explain(error: BaseException) -> str | None:
             return "a choice cannot be null; leave it out with ~NAME, for example ~scheduler"
         case OutOfMemoryError():
             return "the device ran out of memory; type a smaller dataset.batch_size or model_size"
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{error.filename or 'the directory of the run'}: the disk is full; make room"
         case OSError() if error.filename:
             return f"{error.filename}: {error.strerror}"
     return None

@@ -3,6 +3,7 @@
 import json
 from typing import Any, Literal
 
+from pixelcnn_lit.checkpoints import write_text
 from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.lit import load, require_same
@@ -19,14 +20,15 @@ def main(
     require_same(ckpt, dict(model.hparams), data.facts)
     scorer = make_trainer(trainer, logger=False, enable_checkpointing=False)
     scorer.test(model, data.score_dataloader(getattr(data, split)), verbose=False)
-    figures = {key.removeprefix("test/"): float(value) for key, value in scorer.callback_metrics.items()}
+    figures = {key.removeprefix("test/"): value for key, value in model.figures.items()}
     # A class without images has no bpd.
     per_class = {n: b for n, b in zip(data.class_names, model.bpd_per_class, strict=True) if b == b}
     uniform = uniform_bpd(data.levels)
     head = {"label": data.label, "split": split, "images": model.images_scored, "checkpoint": ckpt}
     result = {**head, **figures, "uniform_bpd": uniform, "bpd_per_class": per_class}
-    (run_dir() / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-
+    if not scorer.is_global_zero:
+        return
+    write_text(run_dir() / "evaluation.json", json.dumps(result, indent=2))
     print(f"{data.label}, {split} split, {model.images_scored} images, {uniform:.4f} bpd for a uniform model")
     width = max(map(len, [*per_class, "all"]))
     for name, bpd in {**per_class, "all": figures["bpd"]}.items():

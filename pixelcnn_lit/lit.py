@@ -2,8 +2,6 @@
 
 import inspect
 import math
-import zipfile
-from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
@@ -14,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from pixelcnn_lit.build import Range, build, resolve
+from pixelcnn_lit.checkpoints import first_line, read_checkpoint
 from pixelcnn_lit.errors import UserError
 
 # What is scored or sampled in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32).
@@ -89,7 +88,8 @@ class DensityModel(L.LightningModule):
         )
         self.image_shape, self.num_classes, self.levels = tuple(image_shape), num_classes, levels
         self.dims = math.prod(image_shape)
-        self.score = MeanNats(num_classes)
+        self.score, self.images_scored = MeanNats(num_classes), 0
+        self._train_nats = torch.zeros(2)  # their sum over the batches of the epoch so far, and the number of batches
         self.optimizer_config, self.scheduler_config, self.label_dropout = optimizer, scheduler, label_dropout
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
@@ -117,9 +117,27 @@ class DensityModel(L.LightningModule):
         if self.label_dropout:
             y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.label_dropout, self.num_classes)
         nll = self.nats(x, y).mean() / self.dims
-        self.log("train/nll", nll, on_step=False, on_epoch=True, sync_dist=True)
+        self._train_nats = self._train_nats.to(nll.device) + torch.stack([nll.detach(), torch.ones_like(nll)])
         self.log("train/nll_step", nll, prog_bar=True)
         return nll
+
+    def train_nll(self) -> float:
+        """The mean training loss of the epoch so far, nats per dimension."""
+        total, batches = self._train_nats.tolist()
+        return total / batches
+
+    def on_train_epoch_start(self) -> None:
+        self._train_nats = torch.zeros(2)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train/nll", self.train_nll(), sync_dist=True)
+
+    # The mean of an epoch counts the part before a run was cut off, too.
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["train_nats"], checkpoint["images_scored"] = self._train_nats, self.images_scored
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._train_nats, self.images_scored = checkpoint["train_nats"], checkpoint["images_scored"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         x, y = batch
@@ -129,6 +147,10 @@ class DensityModel(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         # Sums over many images want float64, which Apple's GPUs lack.
         self.score.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
+        if self.trainer.world_size > 1:
+            # BatchNorm's statistics are each process's own; what is scored, and saved, are those of the first.
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -142,11 +164,11 @@ class DensityModel(L.LightningModule):
         per_image, per_class, images = self.score.compute()
         self.images_scored = int(images)
         self.score.reset()
-        figures = {f"{split}/nll": per_image / self.dims}
-        figures[f"{split}/bpd"] = bits(figures[f"{split}/nll"])
+        nll = float(per_image) / self.dims
+        self.figures = {f"{split}/nll": nll, f"{split}/bpd": bits(nll)}  # Lightning's log rounds to float32
         if self.levels == 2:
-            figures[f"{split}/nats_per_image"] = per_image
-        self.log_dict(figures, prog_bar=True, sync_dist=True)  # every rank has the same by now
+            self.figures[f"{split}/nats_per_image"] = float(per_image)
+        self.log_dict(self.figures, prog_bar=True, sync_dist=True)  # every rank has the same by now
         self.bpd_per_class = bits(per_class / self.dims).tolist()
 
     def configure_optimizers(self) -> Any:
@@ -182,9 +204,9 @@ class DensityModel(L.LightningModule):
 
 
 def load(path: str) -> DensityModel:
-    """The model of a checkpoint, from the file alone, in eval mode on the CPU.
+    """The model of a .ckpt or .safetensors file, from the file alone, in eval mode on the CPU.
 
-    Nothing in the file can run code: weights_only, and targets as `build` allows them. Raises UserError.
+    Nothing in the file can run code: its values are plain, its targets as `build` allows them. Raises UserError.
     """
     checkpoint = read_checkpoint(path)
     try:
@@ -193,31 +215,8 @@ def load(path: str) -> DensityModel:
     except UserError:
         raise
     except Exception as error:  # whatever a stranger's values lead to
-        raise UserError(f"ckpt={path}: not a checkpoint of this program ({_first_line(error)})") from error
+        raise UserError(f"ckpt={path}: not a checkpoint of this program ({first_line(error)})") from error
     return model.eval()
-
-
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """The plain dict in a checkpoint file, whose checksums are verified first."""
-    if not Path(path).is_file():
-        raise UserError(f"ckpt={path}: no such file; type the path of a .ckpt")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"bad checksum in {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip and pickle name their troubles in a dozen classes
-        raise UserError(
-            f"ckpt={path}: damaged, or not a checkpoint of plain values ({_first_line(error)}); type another ckpt"
-        ) from error
-    if not isinstance(content, dict) or not {"hyper_parameters", "state_dict"} <= content.keys():
-        raise UserError(f"ckpt={path}: not a checkpoint of this program; type another ckpt")
-    return content
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def require_same(path: str, saved: dict[str, Any], present: dict[str, Any]) -> None:

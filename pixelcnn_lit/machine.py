@@ -33,6 +33,7 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.15
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # renamed in torch 2.15, not yet in 2.11
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # as it is when a run goes on
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # see resume.LastCheckpoint
     try:
         return L.Trainer(**settings, **extra, use_distributed_sampler=False, enable_model_summary=False)
     except (ValueError, MisconfigurationException) as error:

@@ -3,38 +3,56 @@
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
-from pixelcnn_lit.build import Range, check
-from pixelcnn_lit.callbacks import EpochLine, HParams, SampleGrid, ScoreAtTheEnd, Stopwatch
-from pixelcnn_lit.checkpoints import AtomicCheckpointIO
-from pixelcnn_lit.command import command, run_dir, shown
+from pixelcnn_lit.build import Range, build, check
+from pixelcnn_lit.callbacks import EpochLine, FiniteGuard, HParams, SampleGrid, ScoreAtTheEnd, Stopwatch
+from pixelcnn_lit.checkpoints import AtomicCheckpointIO, read_checkpoint, write_text
+from pixelcnn_lit.command import Stopped, command, run_dir, shown
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import DensityModel, bits, load, read_checkpoint, require_same
+from pixelcnn_lit.lit import DensityModel, bits, load, require_same
 from pixelcnn_lit.machine import make_trainer
+from pixelcnn_lit.resume import CONFIG, Streams, last_checkpoint, saved_settings, starting_point
 
 
 @command("train")
-def main(
+def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
+    directory, typed = run_dir(), list(HydraConfig.get().overrides.task)
+    if skip_completed and (directory / "result.json").is_file():
+        print(f"{shown(directory)}: completed before, left alone")
+        return
+    start = starting_point(directory, ckpt, or_anew=skip_completed)
+    settings = saved_settings(directory, settings, typed) if start else settings | {"overrides": typed}
+    check("", train, settings, known=("directory", "start"))
+    try:
+        train(directory, start, **settings)
+    except Stopped:
+        if last_checkpoint(directory).is_file():
+            print(f"stopped; to go on, type: python -m pixelcnn_lit.train run_dir={shown(directory)} ckpt=last")
+        raise
+
+
+def train(
+    directory: Path,
+    start: str | None,
     dataset: dict[str, Any],
     sampler: dict[str, Any],  # read by callbacks.samples
     trainer: dict[str, Any],
     callbacks: dict[str, Any],
     seed: Annotated[int, Range(0, 2**32 - 1)],
-    ckpt: str | None,
+    overrides: list[str],  # as typed when the run began, for the table of a sweep
     **model: Any,  # the settings of DensityModel
 ) -> None:
-    began, directory = time.perf_counter(), run_dir()
+    """Fit in `directory`, from the checkpoint `start` on if there is one; test the best weights; leave result.json."""
+    stopwatch = Stopwatch()
     data = image_data(dataset, seed)
     data.setup()
     L.seed_everything(seed, workers=True, verbose=False)
@@ -42,24 +60,27 @@ def main(
     check("", DensityModel, model, known=facts)
     density = DensityModel(**facts, **model)
 
-    extras: list[Callback] = [hydra.utils.instantiate(callback) for callback in callbacks.values()]
+    extras = [build(f"callbacks.{name}", callback, Callback) for name, callback in callbacks.items()]
+    saved = read_start(start, density, extras) if start else {}
     compared = {"seed": seed, "dataset": dataset, **model, "trainer": trainer}  # what a sweep varies
-    settings = {**compared, "sampler": sampler, "callbacks": callbacks}
-    stopwatch = Stopwatch()
     progress = [] if sys.stdout.isatty() else [EpochLine()]
+    always = [Streams(seed), FiniteGuard(), stopwatch, HParams(compared), ScoreAtTheEnd(), *progress]
     fitter = make_trainer(
         trainer,
-        callbacks=[*extras, stopwatch, HParams(compared), ScoreAtTheEnd(), *progress],
-        logger=TensorBoardLogger(directory, name="", version="", default_hp_metric=False),
+        callbacks=[*extras, *always],
+        # purge_step: TensorBoard forgets what the run wrote after its last checkpoint
+        logger=TensorBoardLogger(
+            directory, name="", version="", default_hp_metric=False, purge_step=saved.get("global_step")
+        ),
         plugins=[AtomicCheckpointIO()],
         default_root_dir=directory,
     )
-    if fitter.is_global_zero:
-        OmegaConf.save(settings, directory / "config.yaml")
-        (directory / "result.json").unlink(missing_ok=True)
     require_validation(fitter)
-    averaged = any(isinstance(callback, WeightAveraging) for callback in extras)
-    fitter.fit(density, data, ckpt_path=resume_from(ckpt, density, directory, averaged), weights_only=True)
+    if fitter.is_global_zero:
+        settings = {**compared, "sampler": sampler, "callbacks": callbacks, "overrides": overrides}
+        write_text(directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(settings)))
+        (directory / "result.json").unlink(missing_ok=True)
+    fitter.fit(density, data, ckpt_path=start, weights_only=True)
 
     kept = fitter.checkpoint_callback
     if not isinstance(kept, ModelCheckpoint) or kept.best_model_score is None:
@@ -67,9 +88,10 @@ def main(
     best = load(kept.best_model_path)
     fitter.test(best, data, verbose=False)
     if fitter.is_global_zero:
-        result = summary(fitter, kept, density, best, data, stopwatch) | {"seconds": time.perf_counter() - began}
-        (directory / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        result = summary(fitter, kept, density, best, data, stopwatch) | {"overrides": overrides}
         grids = [callback.draw(fitter, best) for callback in extras if isinstance(callback, SampleGrid)]
+        result["seconds"] = stopwatch.all_seconds
+        write_text(directory / "result.json", json.dumps(result, indent=2))
         print(closing_lines(result, directory, grids))
 
 
@@ -82,18 +104,18 @@ def require_validation(trainer: L.Trainer) -> None:
         raise UserError(f"trainer.max_epochs={epochs}: type at least trainer.check_val_every_n_epoch={every}")
 
 
-def resume_from(ckpt: str | None, density: DensityModel, directory: Path, averaged: bool) -> str | None:
-    """The checkpoint to go on from, which must be of the same data and model; `last` is this run directory's own."""
-    if ckpt is None:
-        return None
-    path = str(directory / "checkpoints" / "last.ckpt") if ckpt == "last" else ckpt
+def read_start(path: str, density: DensityModel, extras: list[Callback]) -> dict[str, Any]:
+    """The checkpoint to go on from, which must be of the same data and model, with as many averages."""
     saved = read_checkpoint(path)
+    if "loops" not in saved:
+        raise UserError(f"ckpt={path}: weights alone, from which no run can go on; type RUN_DIR/checkpoints/last.ckpt")
     same = (*ImageData.FACTS, "model", "likelihood")
     require_same(path, saved["hyper_parameters"], {key: density.hparams[key] for key in same})
+    averaged = any(isinstance(callback, WeightAveraging) for callback in extras)
     if ("averaging_state" in saved) != averaged:
         # Lightning alone would silently go on from the averaged weights, or with none.
         raise UserError(f"ckpt={path}: saved with callbacks={'no_ema' if averaged else 'default'}; type that")
-    return path
+    return saved
 
 
 def summary(
@@ -113,7 +135,7 @@ def summary(
         "val/nll": val_nll,
         "val/bpd": bits(val_nll),
         "val/images": density.images_scored,
-        **{key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")},
+        **best.figures,
         "test/images": best.images_scored,
         "test/bpd_per_class": dict(zip(data.class_names, per_class, strict=True)),
         "uniform_bpd": uniform_bpd(data.levels),
@@ -123,7 +145,6 @@ def summary(
         "images_per_second": stopwatch.images_per_second,
         "precision": trainer.precision,
         "checkpoint": kept.best_model_path,
-        "overrides": list(HydraConfig.get().overrides.task),
     }
 
 

@@ -14,13 +14,13 @@ README = (ROOT / "README.md").read_text()
 # Lower floors know nothing of higher ones. A main stands on the roof: nobody imports it.
 FLOORS = (
     ("errors", "noise", "pictures"),
-    ("build", "command"),
+    ("build", "command", "checkpoints"),
     ("data", "models.layers", "likelihoods", "schedulers"),
     ("models",),
     ("samplers",),
-    ("lit", "machine", "checkpoints"),
-    ("callbacks",),
-    ("train", "sample", "evaluate", "summarize", "data.__main__"),
+    ("lit", "machine"),
+    ("callbacks", "resume"),
+    ("train", "sample", "evaluate", "summarize", "export", "data.__main__"),
 )
 
 

@@ -16,7 +16,8 @@ class Batches(Sampler):
     """The batches of one rank: pairs (seed of the batch's augmentation, positions).
 
     Training shuffles and leaves out the ragged last batch, another one each epoch. Evaluation strides the split over
-    the ranks unpadded, so that every image counts once. `batch_size` is a rank's own.
+    the ranks unpadded, so that every image counts once. `batch_size` is a rank's own. A run that goes on inside an
+    epoch sets `start`, the number of batches to leave out of the next pass.
     """
 
     def __init__(self, n: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1) -> None:
@@ -28,7 +29,7 @@ class Batches(Sampler):
             rank,
             world,
         )
-        self.epoch = 0
+        self.epoch, self.start = 0, 0
         self.sampler = self  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -45,9 +46,11 @@ class Batches(Sampler):
                 yield 0, positions
             return
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = torch.from_numpy(rng.permutation(self.n))
-        for shared in order.split(self.batch_size * self.world)[: len(self)]:
-            yield int(rng.integers(2**31)) + self.rank, shared[self.rank :: self.world]
+        order = torch.from_numpy(rng.permutation(self.n)).split(self.batch_size * self.world)[: len(self)]
+        seeds = rng.integers(2**31, size=len(order))
+        start, self.start = self.start, 0
+        for shared, seed in zip(order[start:], seeds[start:], strict=True):
+            yield int(seed) + self.rank, shared[self.rank :: self.world]
 
 
 class Gather(Dataset):
