@@ -137,7 +137,7 @@ def _alone() -> Iterator[None]:
         yield
         return
     argv = [sys.argv[0], *config.overrides.task]
-    with patch.object(sys, "argv", argv), patch.dict(os.environ), read_write(config):
+    with patch.object(sys, "argv", argv), patch.dict(os.environ), read_write(config):  # pyright: ignore
         config.run.dir = config.runtime.output_dir
         try:
             yield

@@ -33,7 +33,7 @@ def closest(word: str, words: Iterable[str]) -> str:
     return (f"did you mean {near[0]}? " if near else "") + "choose from: " + ", ".join(known)
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException | None) -> str | None:
     """One line for an error that the user can mend, or None for a fault of the program."""
     match error:
         case UserError():
@@ -44,7 +44,7 @@ def explain(error: BaseException) -> str | None:
             return _unknown_key(error.__cause__)
         case InstantiationException() if isinstance(error.__cause__, UserError):
             return str(error.__cause__)
-        case InterpolationResolutionError() if error.__cause__ and (line := explain(error.__cause__)):
+        case InterpolationResolutionError() if line := explain(_first(error)):
             return line
         case MissingMandatoryValue():
             return f"{error.full_key} is missing; type {error.full_key}=..."
@@ -66,6 +66,13 @@ def explain(error: BaseException) -> str | None:
         case OSError() if error.filename:
             return f"{error.filename}: {error.strerror}"
     return None
+
+
+def _first(error: BaseException) -> BaseException | None:
+    """What OmegaConf's error was raised about, which it keeps as its context alone."""
+    while error.__context__:
+        error = error.__context__
+    return None if isinstance(error, InterpolationResolutionError) else error
 
 
 def _missing_config(error: MissingConfigException) -> str:

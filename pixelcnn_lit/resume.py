@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 
 from pixelcnn_lit.build import Range
@@ -32,8 +32,8 @@ def run_of(ckpt: str | None, parent: str) -> str:
         return new_dir(parent)
     if ckpt == "last":
         raise UserError("ckpt=last: of which run? type run_dir=DIRECTORY too")
-    directory = Path(ckpt).parent.parent
-    if not Path(ckpt).is_file() or not (directory / CONFIG).is_file():
+    directory = Path(str(ckpt)).parent.parent
+    if not Path(str(ckpt)).is_file() or not (directory / CONFIG).is_file():
         raise UserError(f"ckpt={ckpt}: no checkpoint inside the directory of a run; type RUN_DIR/checkpoints/last.ckpt")
     return str(directory)
 
@@ -75,10 +75,9 @@ def saved_settings(directory: Path, composed: dict[str, Any], typed: Sequence[st
         ) from error
     overrides = OverridesParser.create().parse_overrides(list(typed))
     own = [o for o in overrides if _group(o) not in ("run_dir", "ckpt", "skip_completed", "debug")]
-    if any(_group(o) not in CHANGEABLE for o in own):
-        for key in composed:
-            if key not in CHANGEABLE:
-                _require_equal(key, saved[key], composed[key])
+    for override in own:
+        if _group(override) not in CHANGEABLE:
+            _refuse_changes(override, saved, composed)
     for override in own:
         group, _, inside = override.key_or_group.partition(".")
         if group in CHANGEABLE and not inside and not override.is_delete():
@@ -92,9 +91,21 @@ def _group(override: Override) -> str:
     return override.key_or_group.partition(".")[0].partition("@")[0]
 
 
+def _refuse_changes(override: Override, saved: dict[str, Any], composed: dict[str, Any]) -> None:
+    """Raise UserError if an override, typed again when a run goes on, would not be what it was."""
+    here, there, name = composed, saved, override.key_or_group
+    for part in name.split("."):
+        here, there = (node.get(part) if isinstance(node, dict) else None for node in (here, there))
+    if here is None or isinstance(here, dict):  # a choice: of what, only the whole can tell
+        for key in [key for key in composed if key not in CHANGEABLE]:
+            _require_equal(key, saved[key], composed[key])
+    else:
+        _require_equal(name, there, here)
+
+
 def _require_equal(key: str, saved: Any, composed: Any) -> None:
     if isinstance(saved, dict) and isinstance(composed, dict):
-        for name in {**saved, **composed}:
+        for name in sorted({**saved, **composed}, key=lambda name: name != "_target_"):  # another choice is named first
             _require_equal(f"{key}.{name}", saved.get(name), composed.get(name))
     elif saved != composed:
         raise UserError(
@@ -198,7 +209,7 @@ class LastCheckpoint(Checkpoint):
         asked, late = trainer.strategy.reduce(answers, reduce_op="max").tolist()  # pyright: ignore
         return asked, bool(late)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         if self._asked and trainer.world_size == 1 and not trainer.should_stop:
             raise Stopped(self._asked)  # it was saved before this validation, which will be run again
 

@@ -26,6 +26,7 @@ from pixelcnn_lit.resume import CONFIG, Streams, last_checkpoint, saved_settings
 @command("train")
 def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
     directory, typed = run_dir(), list(HydraConfig.get().overrides.task)
+    settings.setdefault("scheduler", None)  # it may have been left out
     if skip_completed and (directory / "result.json").is_file():
         print(f"{shown(directory)}: completed before, left alone")
         return

@@ -1,6 +1,7 @@
 """A user's mistake gets one line that says what to type, exit code 1 or 2, and no traceback."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -89,8 +90,9 @@ TYPOS = [
     ("trainer.limit_val_batches=0", "trainer.limit_val_batches=0: the best weights are chosen on validation"),
     ("trainer.check_val_every_n_epoch=2", "trainer.max_epochs=1: type at least trainer.check_val_every_n_epoch=2"),
     ("trainer.max_epochs=-1", "type trainer.max_epochs or trainer.max_steps"),
-    ("ckpt=3", "ckpt=3: must be a text or null"),
-    ("ckpt=missing.ckpt", "ckpt=missing.ckpt: no such file"),
+    ("ckpt=3", "ckpt=3: no checkpoint inside the directory of a run"),
+    ("ckpt=missing.ckpt", "ckpt=missing.ckpt: no checkpoint inside the directory of a run"),
+    ("ckpt=last", "ckpt=last: of which run? type run_dir=DIRECTORY too"),
     ("n_residual", "n_residual: not an override; type key=value"),
     ("scheduler=null", "a choice cannot be null; leave it out with ~NAME"),
     ("dataset=npz", "dataset.path is missing; type dataset.path=..."),
@@ -128,23 +130,41 @@ def damage(path: str, out: str, how: str) -> str:
     return out
 
 
+@pytest.fixture
+def copy(checkpoint, tmp_path) -> str:
+    """The checkpoint in a copy of its run directory."""
+    shutil.copytree(Path(checkpoint).parent.parent, tmp_path / "copy")
+    return str(tmp_path / "copy" / "checkpoints" / "best.ckpt")
+
+
 @pytest.mark.parametrize("how", ["truncated", "empty", "flipped"])
 @pytest.mark.parametrize("main", ["train", "sample", "evaluate"])
-def test_a_damaged_checkpoint_gets_one_line(run, checkpoint, tmp_path, main, how):
-    code, err = run(main, f"ckpt={damage(checkpoint, str(tmp_path / 'x.ckpt'), how)}")
+def test_a_damaged_checkpoint_gets_one_line(run, checkpoint, copy, main, how):
+    code, err = run(main, f"ckpt={damage(checkpoint, copy, how)}")
     assert code == 1
     assert "damaged" in err
     assert len(err.strip().splitlines()) == 1, err
 
 
-def test_a_checkpoint_of_another_dataset_is_refused_with_both_values(run, checkpoint, tmp_path):
-    images, labels = np.zeros((60, 4, 4), np.uint8), np.arange(60) % 10
-    np.savez(tmp_path / "x.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-    other = ["dataset=npz", f"dataset.path={tmp_path}/x.npz", "dataset.batch_size=8", "dataset.num_workers=0"]
-    for main in ("train", "evaluate"):
-        code, err = run(main, f"ckpt={checkpoint}", *other)
-        assert code == 1
-        assert "its image_shape is [1, 8, 8], here it is [1, 4, 4]" in err
+def npz(path: Path, size: int) -> list[str]:
+    images, labels = np.zeros((60, size, size), np.uint8), np.arange(60) % 10
+    np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    return ["dataset=npz", f"dataset.path={path}", "dataset.batch_size=8", "dataset.num_workers=0"]
+
+
+def test_a_checkpoint_of_another_dataset_is_refused_with_both_values(run, checkpoint, copy, tmp_path):
+    other = npz(tmp_path / "x.npz", 4)
+    code, err = run("evaluate", f"ckpt={checkpoint}", *other)
+    assert (code, "its image_shape is [1, 8, 8], here it is [1, 4, 4]" in err) == (1, True)
+    code, err = run("train", f"ckpt={copy}", *other)
+    assert code == 1
+    assert "dataset._target_ is pixelcnn_lit.data.digits.digits in the run and pixelcnn_lit.data.npz.npz here" in err
+    # the same file name, but other images in it
+    code, err = run("train", *TINY, *other, f"run_dir={tmp_path}/run")
+    assert code == 0
+    npz(tmp_path / "x.npz", 5)
+    code, err = run("train", f"run_dir={tmp_path}/run", "ckpt=last")
+    assert (code, "its image_shape is [1, 4, 4], here it is [1, 5, 5]" in err) == (1, True)
 
 
 def test_a_command_without_its_checkpoint_says_what_to_type(run):
@@ -162,14 +182,51 @@ def test_a_class_the_model_does_not_know_is_refused(run, checkpoint):
     assert "split=tset: must be one of train, validation, test" in err
 
 
-def test_a_checkpoint_of_another_model_or_without_its_average_is_refused(run, checkpoint):
-    code, err = run("train", *TINY, f"ckpt={checkpoint}", "model.n_residual=3")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.n_residual=3", "model.n_residual is 2 in the run and 3 here"),
+        ("seed=3", "seed is 0 in the run and 3 here"),
+        ("model_size=small", "model.hidden_channels is 16 in the run and 64 here"),
+        ("~scheduler", "a run goes on with its own settings"),
+        ("callbacks=no_ema", "saved with callbacks=default; type that"),
+        ("trainer.max_epochs=abc", "trainer.max_epochs=abc: must be a whole number"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings_or_not_at_all(run, copy, override, message):
+    before = {path: path.read_bytes() for path in Path(copy).parent.iterdir()}
+    code, err = run("train", f"ckpt={copy}", override)
     assert code == 1
-    assert "its model is" in err
-    code, err = run("train", *TINY, f"ckpt={checkpoint}", "callbacks=no_ema", "~callbacks.samples")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert before == {path: path.read_bytes() for path in Path(copy).parent.iterdir()}
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(run, copy):
+    directory = Path(copy).parent.parent
+    code, err = run("train", *TINY, f"run_dir={directory}")
     assert code == 1
-    assert "type that" in err
-    assert "callbacks=default" in err
+    assert "holds a run; type ckpt=last to go on, or another run_dir" in err
+    code, err = run("train", f"ckpt={copy}", "run_dir=elsewhere")
+    assert code == 1
+    assert "of another run; leave out run_dir" in err
+    (directory / "config.yaml").write_text("a: [")
+    code, err = run("train", f"ckpt={copy}")
+    assert code == 1
+    assert "config.yaml: damaged" in err
+
+
+def test_settings_of_a_stranger_run_nothing(run, copy):
+    """config.yaml is read when a run goes on."""
+    directory = Path(copy).parent.parent
+    config = (directory / "config.yaml").read_text()
+    target = "lightning.pytorch.callbacks.LearningRateMonitor"
+    assert target in config
+    for bad in ("os.system", "lightning.pytorch.callbacks.lr_monitor.torch.os.system", "lightning.pytorch.Trainer"):
+        (directory / "config.yaml").write_text(config.replace(target, bad))
+        code, err = run("train", f"run_dir={directory}", "ckpt=last")
+        assert code == 1
+        assert f"_target_={bad}: not a Callback" in err
 
 
 @pytest.mark.parametrize("content", [{"lr": 1}, torch.zeros(3), [], {"hyper_parameters": {"lr": 1}, "state_dict": {}}])

@@ -1,7 +1,6 @@
 """Law 7: a run that was cut off and went on ends bit for bit like one that never was."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -96,6 +95,7 @@ VARIANTS = {
     "two validations an epoch": ["trainer.val_check_interval=2"],
     "a validation every other epoch": ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4"],
     "stopped by max_steps": ["trainer.max_steps=13"],
+    "no scheduler": ["~scheduler"],
     "longer epochs": ["trainer.limit_train_batches=1.0", "dataset.batch_size=256", *PLATEAU],
 }
 
@@ -138,6 +138,7 @@ def whole(tmp_path_factory):
         ("a validation every other epoch", "training_step", 16),
         ("stopped by max_steps", "training_step", 11),
         ("stopped by max_steps", "validation_step", 5),
+        ("no scheduler", "training_step", 8),
         ("longer epochs", "training_step", 6),
     ],
 )

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -22,7 +21,6 @@ import pixelcnn_lit.evaluate
 import pixelcnn_lit.sample
 import pixelcnn_lit.summarize
 import pixelcnn_lit.train
-from pixelcnn_lit.callbacks import LastCheckpoint
 from pixelcnn_lit.checkpoints import AtomicCheckpointIO
 from pixelcnn_lit.command import CONF
 from pixelcnn_lit.data.module import image_data
@@ -206,15 +204,6 @@ def test_binary_images_get_nats_an_image_too(tmp_path):
     assert "dynamic binarization" in result["label"]
 
 
-def test_a_run_resumed_after_its_first_epoch_ends_like_one_never_stopped(tmp_path):
-    settings = ["~scheduler", "model.dropout=0"]  # no cosine, whose course the end decides; no random stream
-    whole = one_run(tmp_path / "whole", *settings)
-    one_run(tmp_path / "half", *settings, "trainer.max_epochs=1")
-    resumed = one_run(tmp_path / "half", *settings, "ckpt=last")
-    assert resumed["steps"] == whole["steps"] == 8
-    assert (resumed["val/nll"], resumed["test/bpd"]) == (whole["val/nll"], whole["test/bpd"])
-
-
 def test_max_steps_inside_an_epoch_still_ends_with_a_score(tmp_path):
     result = one_run(tmp_path, "trainer.max_steps=2")
     assert result["steps"] == 2
@@ -223,21 +212,6 @@ def test_max_steps_inside_an_epoch_still_ends_with_a_score(tmp_path):
 
 def test_a_run_stopped_inside_an_epoch_goes_on_to_the_end(tmp_path):
     one_run(tmp_path, "trainer.max_steps=2")
-    assert one_run(tmp_path, "ckpt=last")["epochs"] == 2
-
-
-def test_a_run_that_broke_off_inside_an_epoch_goes_on(tmp_path, monkeypatch):
-    def broken(self, batch, batch_index):
-        if self.global_step == 2:
-            raise RuntimeError("broken off")
-        return step(self, batch, batch_index)
-
-    step = DensityModel.training_step
-    with monkeypatch.context() as patch:
-        patch.setattr(DensityModel, "training_step", broken)
-        with pytest.raises(RuntimeError, match="broken off"):
-            one_run(tmp_path)
-    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert one_run(tmp_path, "ckpt=last")["epochs"] == 2
 
 
@@ -310,15 +284,6 @@ def test_a_checkpoint_cut_off_while_it_is_written_leaves_the_earlier_one(tmp_pat
             io.save_checkpoint({"step": torch.tensor(2)}, path)
     assert torch.load(path, weights_only=True) == {"step": torch.tensor(1)}
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_an_interrupted_validation_does_not_overwrite_the_last_checkpoint():
-    saved = []
-    callback = LastCheckpoint(save_on_exception=True)
-    callback._save_last_checkpoint = callback._save_topk_checkpoint = lambda *_: saved.append(1)
-    validating = SimpleNamespace(training=False, validating=True)
-    callback.on_exception(validating, None, RuntimeError())
-    assert not saved
 
 
 def test_label_dropout_hides_the_class_from_some_images(run):
