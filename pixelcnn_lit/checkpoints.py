@@ -117,6 +117,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
 def _read_archive(path: str) -> Any:
     with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type for entry in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed, as no checkpoint is")  # and might unpack to any size
         damaged = archive.testzip()
     if damaged:
         raise zipfile.BadZipFile(f"bad checksum in {damaged}")

@@ -23,7 +23,10 @@ from torch import OutOfMemoryError
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its text is the one line to show."""
+    """A mistake the user can mend; its text is the one line to show, whatever a damaged file put into it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("".join(c if c.isprintable() else " " for c in text))
 
 
 def closest(word: str, words: Iterable[str]) -> str:

@@ -210,7 +210,10 @@ def load(path: str) -> DensityModel:
     """
     checkpoint = read_checkpoint(path)
     try:
-        model = DensityModel(**checkpoint["hyper_parameters"] | {"compile": False})
+        settings = checkpoint["hyper_parameters"] | {"compile": False}
+        with torch.device("meta"):  # without memory: a stranger's settings may ask for any amount of it
+            DensityModel(**settings).load_state_dict(checkpoint["state_dict"], assign=True)
+        model = DensityModel(**settings)
         model.load_state_dict(checkpoint["state_dict"])
     except UserError:
         raise

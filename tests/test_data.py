@@ -1,5 +1,6 @@
 """The data: splits that do not overlap, orders that are functions of (seed, epoch), formats read right or refused."""
 
+import errno
 import gzip
 import hashlib
 import os
@@ -237,27 +238,6 @@ def test_folder_faults_are_named(tmp_path):
         open_data("dataset=folder", f"dataset.path={tmp_path}")
 
 
-@pytest.fixture
-def small_mnist(tmp_path, monkeypatch):
-    """30 + 10 images in MNIST's own format, whose checksums torchvision is told to expect."""
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(256, size=(30, 28, 28), dtype=np.uint8)
-    resources = []
-    for part, n in (("train", 30), ("t10k", 10)):
-        contents = {
-            f"{part}-images-idx3-ubyte.gz": struct.pack(">4i", 2051, n, 28, 28) + pixels[:n].tobytes(),
-            f"{part}-labels-idx1-ubyte.gz": struct.pack(">2i", 2049, n) + bytes(k % 10 for k in range(n)),
-        }
-        for name, content in contents.items():
-            (raw / name).write_bytes(gzip.compress(content))
-            resources.append((name, hashlib.md5((raw / name).read_bytes()).hexdigest()))
-    monkeypatch.setattr(datasets.MNIST, "resources", resources)
-    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    monkeypatch.setitem(official.LENGTHS, "MNIST", (30, 10))
-    return tmp_path, pixels
-
-
 def test_mnist_files_are_read_with_no_network(small_mnist):
     root, pixels = small_mnist
     data = open_data("dataset=mnist", f"dataset.root={root}")
@@ -278,6 +258,47 @@ def test_damaged_or_absent_mnist_gives_three_ways_out(small_mnist):
     (root / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"check the network.*copy the four.*dataset=digits"):
         open_data("dataset=mnist", f"dataset.root={root}")
+
+
+@pytest.mark.parametrize("damage", ["truncated gz", "wrong MD5", "short IDX", "flipped IDX", "label IDX swapped"])
+def test_damaged_files_are_renewed_from_archives_or_refused(small_mnist, damage):
+    root, _ = small_mnist
+    data = open_data("dataset=mnist", f"dataset.root={root}")  # unpacks
+    raw = root / "MNIST" / "raw"
+    archive, images = raw / "train-images-idx3-ubyte.gz", raw / "train-images-idx3-ubyte"
+    content = bytearray(images.read_bytes())
+    if damage in ("truncated gz", "wrong MD5"):
+        images.unlink()
+        archive.write_bytes(archive.read_bytes()[:5000] + (b"" if damage == "truncated gz" else bytes(20_000)))
+        before = sorted(raw.iterdir())
+        with pytest.raises(UserError, match="MNIST could not be read"):
+            open_data("dataset=mnist", f"dataset.root={root}")
+        assert sorted(raw.iterdir()) == before
+        assert sorted(root.iterdir()) == [root / "MNIST"]  # nothing half-written is left
+        return
+    content[5000] ^= 1
+    images.write_bytes({"short IDX": content[:9000], "flipped IDX": content}.get(damage, b"\0\0\x08\x01" + bytes(4)))
+    again = open_data("dataset=mnist", f"dataset.root={root}", "dataset.download=false")
+    assert torch.equal(again.train.x, data.train.x)
+
+
+def test_no_room_and_no_permission_get_a_line_and_leave_nothing(small_mnist, monkeypatch, tmp_path):
+    root, _ = small_mnist
+    before = sorted(root.rglob("*"))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gzip.GzipFile, "read", full)
+        with pytest.raises(UserError, match="No space left"):
+            open_data("dataset=mnist", f"dataset.root={root}")
+    assert sorted(root.rglob("*")) == before
+    with pytest.raises(UserError, match=r"No such file|denied"):
+        open_data("dataset=mnist", "dataset.root=/proc/nothing")
+    with pytest.raises(UserError, match="check the network"):
+        open_data("dataset=mnist", f"dataset.root={tmp_path}/new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_cifar10_batches_are_read_channels_first(tmp_path, monkeypatch):

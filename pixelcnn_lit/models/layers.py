@@ -35,7 +35,8 @@ class CausalConv2d(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, self.rows, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        fan_in = in_channels * int(mask.sum())  # the live taps only
+        live_taps = (self.rows - 1) * kernel_size + self.side + (mask_type == "B")
+        fan_in = in_channels * live_taps
         nn.init.normal_(self.weight, std=math.sqrt(2 / fan_in))
         with torch.no_grad():
             self.weight.mul_(mask)

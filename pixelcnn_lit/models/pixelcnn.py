@@ -39,7 +39,7 @@ class PixelCNN(nn.Module):
         levels: int,
         out_channels: int,
         hidden_channels: Annotated[int, Range(1)],
-        n_residual: Annotated[int, Range(1)],
+        n_residual: Annotated[int, Range(1, 1000)],
         norm: Literal["layer", "batch"] = "layer",
         conditional: bool = True,
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,

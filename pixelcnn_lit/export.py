@@ -1,0 +1,21 @@
+"""Weights to give away: a checkpoint's model as safetensors, with what rebuilds it and a SHA-256 of it all."""
+
+from pathlib import Path
+
+from pixelcnn_lit.checkpoints import write_weights
+from pixelcnn_lit.command import command, shown
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.lit import load
+
+
+@command("export")
+def main(ckpt: str, out: str) -> None:
+    if not out.endswith(".safetensors"):
+        raise UserError(f"out={out}: type a name that ends in .safetensors")
+    model = load(ckpt)
+    write_weights(Path(out), model.state_dict(), dict(model.hparams))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters of {model.hparams['label']}: {shown(out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""What several files of tests read."""
+
+import gzip
+import hashlib
+import struct
+
+import numpy as np
+import pytest
+from torchvision import datasets
+
+from pixelcnn_lit.data import official
+
+
+@pytest.fixture
+def small_mnist(tmp_path, monkeypatch):
+    """30 + 10 images in MNIST's own format, whose checksums torchvision is told to expect."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(256, size=(30, 28, 28), dtype=np.uint8)
+    resources = []
+    for part, n in (("train", 30), ("t10k", 10)):
+        contents = {
+            f"{part}-images-idx3-ubyte.gz": struct.pack(">4i", 2051, n, 28, 28) + pixels[:n].tobytes(),
+            f"{part}-labels-idx1-ubyte.gz": struct.pack(">2i", 2049, n) + bytes(k % 10 for k in range(n)),
+        }
+        for name, content in contents.items():
+            (raw / name).write_bytes(gzip.compress(content))
+            resources.append((name, hashlib.md5((raw / name).read_bytes()).hexdigest()))
+    monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setitem(official.LENGTHS, "MNIST", (30, 10))
+    return tmp_path, pixels

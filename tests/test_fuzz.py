@@ -1,0 +1,190 @@
+"""Damaged and hostile files: each ends in one clear line or in the right result; nothing runs, hangs or crashes.
+
+$PIXELCNN_FUZZ sets how many files of each of the four kinds are damaged.
+"""
+
+import os
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pixelcnn_lit.checkpoints import write_weights
+from pixelcnn_lit.data.npz import npz
+from pixelcnn_lit.data.official import mnist
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.lit import DensityModel, load
+
+N = int(os.environ.get("PIXELCNN_FUZZ", "130"))
+
+
+def damage(content: bytes, rng: random.Random) -> bytes:
+    """Cut off, one bit flipped, a stretch overwritten, or two stretches exchanged."""
+    damaged, n = bytearray(content), len(content)
+    match rng.randrange(4):
+        case 0:
+            return content[: rng.randrange(n)]
+        case 1:
+            damaged[rng.randrange(n)] ^= 1 << rng.randrange(8)
+        case 2:
+            start = rng.randrange(n)
+            damaged[start : start + 64] = rng.randbytes(min(64, n - start))
+        case 3:
+            a, b, k = rng.randrange(n // 2), rng.randrange(n // 2, n), min(64, n // 4)
+            damaged[a : a + k], damaged[b : b + k] = content[b : b + k], content[a : a + k]
+    return bytes(damaged)
+
+
+def exchange(values: dict, rng: random.Random) -> dict:
+    """The same values, two of them under each other's key."""
+    a, b = rng.sample(sorted(values), 2)
+    return values | {a: values[b], b: values[a]}
+
+
+def fuzz(read, right, same, write) -> int:
+    """`write(rng)` leaves a damaged file, which `read()` must refuse or read as `right`; returns the number refused."""
+    refused = 0
+    for n in range(N):
+        write(random.Random(n))
+        try:
+            result = read()
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert same(result, right), f"damage {n} went unnoticed"
+    return refused
+
+
+@pytest.fixture(scope="module")
+def model() -> DensityModel:
+    torch.manual_seed(0)
+    return DensityModel(
+        model={"_target_": "pixelcnn_lit.models.pixelcnn.PixelCNN", "hidden_channels": 8, "n_residual": 1},
+        likelihood={"_target_": "pixelcnn_lit.likelihoods.Categorical"},
+        image_shape=[1, 4, 4],
+        num_classes=2,
+        levels=3,
+        class_names=["a", "b"],
+        label="x",
+        dataset={},
+        optimizer={},
+    )
+
+
+def same_model(a: DensityModel, b: DensityModel) -> bool:
+    weights = b.state_dict()
+    return a.hparams["model"] == b.hparams["model"] and all(
+        torch.equal(v, weights[k]) for k, v in a.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_damaged_weights_are_refused_to_the_bit(tmp_path, model, suffix):
+    path = tmp_path / f"x.{suffix}"
+
+    def save(settings, weights) -> bytes:
+        if suffix == "ckpt":
+            torch.save({"hyper_parameters": settings, "state_dict": weights}, path)
+        else:
+            write_weights(path, weights, settings)
+        return path.read_bytes()
+
+    settings, weights = dict(model.hparams), model.state_dict()
+    content = save(settings, weights)
+    assert same_model(load(str(path)), model)
+
+    def write(rng: random.Random) -> None:
+        match rng.randrange(8):
+            case 0:
+                save(exchange(settings, rng), weights)
+            case 1:
+                save(settings, {k: v for k, v in weights.items() if k != rng.choice(sorted(weights))})
+            case 2 if suffix == "safetensors":  # weights exchanged in the file, not before its hash was taken
+                path.write_bytes(content.replace(b"net.first.weight", b"net.FIRST.weight", 1))
+            case _:
+                path.write_bytes(damage(content, rng))
+
+    assert fuzz(lambda: load(str(path)), model, same_model, write) > 0.7 * N
+
+
+def test_damaged_npz_files_are_refused(tmp_path):
+    path, rng = tmp_path / "x.npz", np.random.default_rng(0)
+    arrays = {
+        "train_images": rng.integers(256, size=(20, 4, 4), dtype=np.uint8),
+        "train_labels": np.arange(20) % 2,
+        "test_images": rng.integers(256, size=(6, 4, 4), dtype=np.uint8),
+        "test_labels": np.arange(6) % 2,
+    }
+    np.savez(path, **arrays)
+    content, right = path.read_bytes(), npz(str(path))
+
+    def write(rng: random.Random) -> None:
+        match rng.randrange(8):
+            case 0:
+                kept = rng.sample(sorted(arrays), 3)
+                np.savez(path, **{key: arrays[key] for key in kept})
+            case 1:
+                images, labels = rng.choice(("train", "test")) + "_images", rng.choice(("train", "test")) + "_labels"
+                np.savez(path, **arrays | {images: arrays[labels], labels: arrays[images]})
+            case _:
+                path.write_bytes(damage(content, rng))
+
+    def same(a, b) -> bool:
+        pairs = [(a.train.x, b.train.x), (a.train.y, b.train.y), (a.test.x, b.test.x), (a.test.y, b.test.y)]
+        return all(torch.equal(x, y) for x, y in pairs)
+
+    assert fuzz(lambda: npz(str(path)), right, same, write) > 0.7 * N
+
+
+def test_damaged_idx_files_are_refused_or_renewed_from_their_archive(small_mnist):
+    root, _ = small_mnist
+    right = mnist(str(root))
+    raw = root / "MNIST" / "raw"
+    contents = {path: path.read_bytes() for path in raw.iterdir()}
+
+    def write(rng: random.Random) -> None:
+        for path, content in contents.items():
+            path.write_bytes(content)
+        idx = rng.choice(sorted(path for path in contents if path.suffix != ".gz"))
+        for path in (idx, idx.with_suffix(".gz"))[: rng.randrange(1, 3)]:
+            path.write_bytes(damage(contents[path], rng))
+
+    def same(a, b) -> bool:
+        return torch.equal(a.train.x, b.train.x) and torch.equal(a.test.y, b.test.y)
+
+    assert fuzz(lambda: mnist(str(root)), right, same, write) > 0.3 * N
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("model", "n_residual"), 10**9),
+        (("model", "hidden_channels"), 10**9),
+        (("num_classes",), 10**12),
+        (("image_shape",), [3, 10**6, 10**6]),
+        (("levels",), 10**9),
+    ],
+)
+def test_a_stranger_cannot_ask_for_all_memory_or_time(tmp_path, model, where, value):
+    settings = {**model.hparams, "model": dict(model.hparams["model"])}
+    inner = settings
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    torch.save({"hyper_parameters": settings, "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError):
+        load(str(tmp_path / "x.ckpt"))
+
+
+def test_an_archive_that_would_unpack_to_any_size_is_refused(tmp_path, model):
+    torch.save({"hyper_parameters": dict(model.hparams), "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    with zipfile.ZipFile(tmp_path / "x.ckpt") as plain, zipfile.ZipFile(tmp_path / "y.ckpt", "w", 8) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(UserError, match="compressed"):
+        load(str(tmp_path / "y.ckpt"))
+    assert Path(tmp_path / "x.ckpt").is_file()
