@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import os
 import pickle
-import struct
 
 import numpy as np
 import pytest
