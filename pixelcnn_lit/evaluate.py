@@ -19,7 +19,8 @@ def main(
     data.setup()
     require_same(ckpt, dict(model.hparams), data.facts)
     scorer = make_trainer(trainer, logger=False, enable_checkpointing=False)
-    scorer.test(model, data.score_dataloader(getattr(data, split)), verbose=False)
+    data.test = getattr(data, split)  # so that Lightning asks for it, process by process
+    scorer.test(model, data, verbose=False)
     figures = {key.removeprefix("test/"): value for key, value in model.figures.items()}
     # A class without images has no bpd.
     per_class = {n: b for n, b in zip(data.class_names, model.bpd_per_class, strict=True) if b == b}

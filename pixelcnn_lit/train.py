@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
@@ -36,9 +37,14 @@ def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
     try:
         train(directory, start, **settings)
     except Stopped:
-        if last_checkpoint(directory).is_file():
-            print(f"stopped; to go on, type: python -m pixelcnn_lit.train run_dir={shown(directory)} ckpt=last")
+        say_how_to_go_on(directory)
         raise
+
+
+@rank_zero_only
+def say_how_to_go_on(directory: Path) -> None:
+    if last_checkpoint(directory).is_file():
+        print(f"stopped; to go on, type: python -m pixelcnn_lit.train run_dir={shown(directory)} ckpt=last")
 
 
 def train(
