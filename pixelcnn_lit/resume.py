@@ -1,5 +1,6 @@
 """What lets a run that was cut off go on as if nothing had happened: `run_dir=R ckpt=last`."""
 
+import os
 import random
 import signal
 import threading
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from omegaconf import OmegaConf
 
@@ -45,13 +45,18 @@ def last_checkpoint(directory: Path) -> Path:
     return directory / "checkpoints" / "last.ckpt"
 
 
+def requeued(directory: Path) -> list[Path]:
+    """What Lightning saved there when Slurm was about to end the job."""
+    return list(directory.glob("hpc_ckpt_*.ckpt"))
+
+
 def starting_point(directory: Path, ckpt: str | None, or_anew: bool) -> str | None:
     """The checkpoint to go on from in `directory`, or None to start; `or_anew` takes what there is."""
     last = last_checkpoint(directory)
     if ckpt is None:
-        if not last.is_file() or [*directory.glob("hpc_ckpt_*")]:  # of Slurm, which Lightning takes up by itself
+        if not last.is_file() or requeued(directory):  # which Lightning takes up by itself
             return None
-        if not or_anew:
+        if not or_anew and "SLURM_RESTART_COUNT" not in os.environ:
             raise UserError(f"run_dir={shown(directory)}: holds a run; type ckpt=last to go on, or another run_dir")
         return str(last)
     path = last if ckpt == "last" else Path(ckpt)
@@ -166,12 +171,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._batches(trainer).start = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        cluster = trainer._accelerator_connector.cluster_environment
-        requeues = isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._ask)
-            if not requeues:  # there Lightning saves and requeues on SIGUSR1, and lets SIGTERM pass
-                signal.signal(signal.SIGTERM, self._ask)
+            signal.signal(signal.SIGTERM, self._ask)  # under Slurm, too; SIGUSR1, at which it requeues, is Lightning's
 
     def _ask(self, signum: int, frame: Any) -> None:
         if self._asked:  # somebody is in a hurry

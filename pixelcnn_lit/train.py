@@ -21,7 +21,7 @@ from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel, bits, load, require_same
 from pixelcnn_lit.machine import make_trainer
-from pixelcnn_lit.resume import CONFIG, Streams, last_checkpoint, saved_settings, starting_point
+from pixelcnn_lit.resume import CONFIG, Streams, last_checkpoint, requeued, saved_settings, starting_point
 
 
 @command("train")
@@ -92,6 +92,10 @@ def train(
     kept = fitter.checkpoint_callback
     if not isinstance(kept, ModelCheckpoint) or kept.best_model_score is None:
         raise UserError("nothing was trained and validated in this run: type a larger trainer.max_epochs")
+    if fitter.is_global_zero:
+        for path in requeued(directory):
+            path.unlink()  # its weights would be tested in the place of the best
+    fitter.strategy.barrier()
     best = load(kept.best_model_path)
     fitter.test(best, data, verbose=False)
     if fitter.is_global_zero:

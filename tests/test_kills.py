@@ -130,6 +130,28 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, whole, signum, code):
     assert_same_weights(run, whole)
 
 
+@pytest.mark.slow
+def test_under_slurm_lightnings_requeue_works(tmp_path, whole):
+    """At SIGUSR1 Lightning saves and asks Slurm to requeue the job, which is then typed the same again."""
+    run, asked = tmp_path / "run", tmp_path / "asked"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ > {asked}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {f"SLURM_{key}": "0" for key in ("PROCID", "LOCALID", "NODEID")}
+    slurm |= {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "localhost"}
+    slurm["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    process = start(run, *RUN, **slurm)
+    wait_until((run / "checkpoints" / "best.ckpt").is_file, process)
+    os.kill(process.pid, signal.SIGUSR1)
+    wait_until(asked.is_file, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert asked.read_text() == "requeue 77\n"
+    assert list(run.glob("hpc_ckpt_*.ckpt"))
+    assert finish(run, *RUN, **slurm, SLURM_RESTART_COUNT="1") == 0, (run / "output.txt").read_text()
+    best = [json.loads((directory / "result.json").read_text())["test/nll"] for directory in (run, whole)]
+    assert best[0] == pytest.approx(best[1], rel=0.02)  # Lightning saves wherever the signal strikes, not between steps
+
+
 def test_a_signal_before_training_stops_without_a_traceback(tmp_path):
     code = "import os, signal, pixelcnn_lit.data.module as m, pixelcnn_lit.train as t\n"
     code += "t.image_data = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\nt.main()"

@@ -1,15 +1,23 @@
 """Law 7: a run that was cut off and went on ends bit for bit like one that never was."""
 
+import itertools
 import json
+import math
+import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pixelcnn_lit.train
+from pixelcnn_lit.checkpoints import read_checkpoint
+from pixelcnn_lit.command import new_dir
 from pixelcnn_lit.lit import DensityModel
+from pixelcnn_lit.resume import Streams
 
 # 5 batches an epoch, 3 epochs, dropout, workers, an average of the weights: all that has a state.
 RUN = [
@@ -149,3 +157,104 @@ def test_law_7_a_run_killed_anywhere_ends_like_one_never_killed(tmp_path, whole,
     train(tmp_path / "run", "ckpt=last")
     assert_same(final(tmp_path / "run"), final(expected))
     assert curves(tmp_path / "run") == curves(expected)
+
+
+def test_a_run_directory_that_was_moved_goes_on(tmp_path, whole):
+    """Its best score, too, which Lightning alone would forget."""
+    killed(tmp_path / "here", RUN, "training_step", 13)
+    (tmp_path / "here").rename(tmp_path / "there")
+    train(tmp_path / "there", "ckpt=last")
+    assert_same(final(tmp_path / "there"), final(whole("plain")))
+    assert json.loads((tmp_path / "there" / "result.json").read_text())["checkpoint"].startswith(f"{tmp_path}/there")
+
+
+def test_a_run_goes_on_from_the_path_of_its_checkpoint_alone(tmp_path, whole, monkeypatch):
+    """From the best one, too, though it was written at another moment of the epoch."""
+    monkeypatch.chdir(tmp_path)
+    for name, after in (("last", 13), ("best", 12)):
+        killed(tmp_path / name, RUN, "training_step", after)
+        monkeypatch.setattr(sys, "argv", ["train", f"ckpt={name}/checkpoints/{name}.ckpt"])
+        pixelcnn_lit.train.main()
+        assert_same(final(tmp_path / name), final(whole("plain")))
+
+
+def test_what_is_typed_of_trainer_and_callbacks_changes_and_stays_changed(tmp_path):
+    killed(tmp_path, RUN, "training_step", 8)
+    killed(tmp_path, ["ckpt=last", "trainer.max_epochs=4", "~callbacks.samples"], "training_step", 1)
+    train(tmp_path, "ckpt=last")
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 20
+    assert not (tmp_path / "samples.png").exists()
+
+
+def test_the_overrides_of_a_run_are_those_it_began_with(tmp_path):
+    killed(tmp_path, RUN, "training_step", 8)
+    train(tmp_path, "ckpt=last")
+    assert json.loads((tmp_path / "result.json").read_text())["overrides"] == [f"run_dir={tmp_path}", *RUN]
+
+
+def test_chance_within_a_step_does_not_depend_on_what_was_drawn_before(tmp_path, whole):
+    """Validation that draws numbers, other people's callbacks: training does not notice."""
+    validation_step = DensityModel.validation_step
+
+    def drawing(self, *arguments):
+        torch.rand(7), np.random.rand(3), random.random()  # noqa: NPY002
+        return validation_step(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DensityModel, "validation_step", drawing)
+        train(tmp_path, *RUN)
+    assert_same(final(tmp_path), final(whole("plain")))
+
+
+def test_each_step_and_process_draws_its_own_numbers():
+    drawn = set()
+    for seed, epoch, batch, rank in itertools.product((0, 1), repeat=4):
+        trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank)
+        for _ in range(2):
+            Streams(seed).on_train_batch_start(trainer, None, None, batch)
+            drawn.add((float(torch.rand(1)), np.random.rand(), random.random()))  # noqa: NPY002
+    assert len(drawn) == 16
+
+
+@pytest.mark.parametrize("where", ["loss", "weight", "validation"])
+def test_a_run_that_leaves_the_numbers_stops_and_keeps_what_was_good(tmp_path, monkeypatch, capsys, where):
+    original = {name: getattr(DensityModel, name) for name in ("training_step", "nats")}
+
+    def broken_training(self, batch, index):
+        loss = original["training_step"](self, batch, index)
+        if self.global_step == 7 and where == "weight":  # a finite loss whose gradient is not
+            loss = loss + (self.net.first.bias[0] - self.net.first.bias[0].detach()).abs().sqrt()
+        return loss * math.nan if self.global_step == 7 and where == "loss" else loss
+
+    def broken_nats(self, x, y):
+        return original["nats"](self, x, y) * (math.nan if where == "validation" and not self.training else 1)
+
+    monkeypatch.setattr(DensityModel, "training_step", broken_training)
+    if where == "validation":
+        killed(tmp_path, RUN, "training_step", 8)
+        monkeypatch.setattr(DensityModel, "nats", broken_nats)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, *(["ckpt=last"] if where == "validation" else RUN))
+    line = str(stop.value)
+    name, epoch, step = {"loss": ("the loss", 2, 8), "weight": ("a weight", 2, 8)}.get(
+        where, ("the validation nll", 2, 10)
+    )
+    assert f"{name} is not finite at epoch {epoch}, step {step}, learning rate " in line
+    assert "the last good checkpoint is" in line
+    for path in (tmp_path / "checkpoints").glob("*.ckpt"):
+        content = read_checkpoint(str(path))
+        assert all(value.isfinite().all() for value in content["current_model_state"].values())
+
+
+def test_runs_started_in_the_same_second_get_directories_of_their_own(tmp_path):
+    made = [new_dir(str(tmp_path)) for _ in range(20)]
+    assert len(set(made)) == 20
+    assert all(Path(path).is_dir() for path in made)
+
+
+def test_what_a_killed_run_left_unfinished_is_swept_away(tmp_path):
+    killed(tmp_path, RUN, "training_step", 8)
+    stale = tmp_path / "checkpoints" / ".tmp-1-last.ckpt"
+    stale.write_bytes(b"half")
+    train(tmp_path, "ckpt=last")
+    assert not stale.exists()
