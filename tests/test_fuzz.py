@@ -180,6 +180,16 @@ def test_a_stranger_cannot_ask_for_all_memory_or_time(tmp_path, model, where, va
         load(str(tmp_path / "x.ckpt"))
 
 
+def test_settings_that_do_not_fit_the_weights_get_no_memory(tmp_path, model, monkeypatch):
+    settings = {**model.hparams, "model": {**model.hparams["model"], "hidden_channels": 16}}
+    torch.save({"hyper_parameters": settings, "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    devices, normal = set(), torch.nn.init.normal_
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda w, **own: devices.add(w.device.type) or normal(w, **own))
+    with pytest.raises(UserError, match="not a checkpoint of this program"):
+        load(str(tmp_path / "x.ckpt"))
+    assert devices == {"meta"}
+
+
 def test_an_archive_that_would_unpack_to_any_size_is_refused(tmp_path, model):
     torch.save({"hyper_parameters": dict(model.hparams), "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
     with zipfile.ZipFile(tmp_path / "x.ckpt") as plain, zipfile.ZipFile(tmp_path / "y.ckpt", "w", 8) as packed:
