@@ -27,15 +27,15 @@ class Range:
     high: float = math.inf
 
 
-def resolve(target: str, kind: type) -> Callable[..., Any]:
+def resolve(target: Any, kind: type) -> Callable[..., Any]:
     """The class `target` if it subclasses `kind`, or the function `target` if it is annotated to return `kind`.
 
     Raises UserError for anything else, in particular for a name that merely can be reached through our modules
     (`torch.optim.adam.torch.os.system`).
     """
-    module, _, name = target.rpartition(".")
+    module, _, name = str(target).rpartition(".")
     refusal = UserError(f"_target_={target}: not a {kind.__name__} of {' or '.join(h.rstrip('.') for h in HOMES)}")
-    if not target.startswith(HOMES):
+    if not str(target).startswith(HOMES):
         raise refusal
     try:
         found = getattr(importlib.import_module(module), name)
@@ -66,6 +66,8 @@ def inspect_config(
     where: str, config: Mapping[str, Any], kind: type, known: Collection[str]
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The target of a config and its checked values, before all that is `known` only later is at hand."""
+    if not isinstance(config, Mapping) or not isinstance(config.get("_target_"), str):
+        raise UserError(f"{where}: must be settings with a _target_; leave it out with ~{where}, or choose another")
     target = resolve(config["_target_"], kind)
     values = {key: value for key, value in config.items() if key != "_target_"}
     check(where, target, values, known)

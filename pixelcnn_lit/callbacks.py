@@ -39,7 +39,7 @@ class SampleGrid(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        n = self.sampler["n_per_class"]
+        n = self.sampler.get("n_per_class", 1)
         data: ImageData = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         real = first_of_each_class(data.train, pl_module.num_classes, n)
         self._show(trainer, "real", grid(real, pl_module.levels, n))
@@ -52,7 +52,7 @@ class SampleGrid(Callback):
     def draw(self, trainer: L.Trainer, model: DensityModel) -> Path:
         """Draw with `model` on the training device; returns the PNG's path."""
         images = model.to(trainer.strategy.root_device).draw(self.sampler)
-        return self._show(trainer, "samples", grid(images, model.levels, self.sampler["n_per_class"]))
+        return self._show(trainer, "samples", grid(images, model.levels, self.sampler.get("n_per_class", 1)))
 
     @staticmethod
     def _show(trainer: L.Trainer, name: str, picture: Tensor) -> Path:
@@ -171,7 +171,7 @@ class HParams(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = trainer.checkpoint_callback
         if trainer.logger and isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
-            trainer.logger.log_metrics({"best/val_bpd": float(bits(best.best_model_score))}, trainer.global_step)
+            trainer.logger.log_metrics({"best/val_bpd": float(bits(best.best_model_score))}, trainer.global_step - 1)
 
     on_fit_end = on_train_epoch_end  # the last score is in by now
 

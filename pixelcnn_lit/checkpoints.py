@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.errors import UserError, first_line
 
 UNFINISHED = ".tmp-"  # how the name of a file begins while it is written
 
@@ -74,6 +74,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "whole: make room and go on from it"
             ) from error
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """One file; Lightning's own would remove a whole directory that a stranger's checkpoint names."""
+        Path(path).unlink(missing_ok=True)
+
 
 class _Counter:
     """A file that only counts."""
@@ -110,8 +114,12 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise UserError(
             f"ckpt={path}: damaged, or not a checkpoint of plain values ({first_line(error)}); type another ckpt"
         ) from error
-    if not isinstance(content, dict) or not {"hyper_parameters", "state_dict"} <= content.keys():
+    parts = [content.get(key) if isinstance(content, dict) else None for key in ("hyper_parameters", "state_dict")]
+    if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"ckpt={path}: not a checkpoint of this program; type another ckpt")
+    weights = content["state_dict"].values()
+    if sum(weight.nbytes for weight in weights if isinstance(weight, Tensor)) > Path(path).stat().st_size:
+        raise UserError(f"ckpt={path}: its weights are larger than the file; type another ckpt")  # by strides of zero
     return content
 
 
@@ -152,7 +160,3 @@ def _digest(weights: dict[str, Tensor], config: str) -> str:
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -109,17 +109,18 @@ def _run(function: Callable[..., None], debug: bool, cfg: DictConfig) -> None:
     (run_dir() / "error.txt").unlink(missing_ok=True)
     try:
         with open_dict(cfg):
-            cfg.pop("run_dir")  # whose directory is made by now, and would be made again
+            cfg.pop("run_dir", None)  # whose directory is made by now, and would be made again
         settings: dict[str, Any] = OmegaConf.to_container(  # pyright: ignore[reportAssignmentType]
             cfg, resolve=True, throw_on_missing=True
         )
-        debug = settings.pop("debug") or debug
+        debug = settings.pop("debug", False) or debug
         check("", function, settings)
         with _alone():
             function(**settings)
     except Exception as error:
         line = explain(error)
-        write_text(run_dir() / "error.txt", line or repr(error))
+        with contextlib.suppress(OSError):
+            write_text(run_dir() / "error.txt", line or repr(error))
         if debug or line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # a fault of the program shows its traceback; a sweep goes on with its next job
         sys.exit(f"error: {line}")

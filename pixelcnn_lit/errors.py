@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import traceback
 from collections.abc import Iterable
 
 from hydra.errors import (
@@ -36,6 +37,11 @@ def closest(word: str, words: Iterable[str]) -> str:
     return (f"did you mean {near[0]}? " if near else "") + "choose from: " + ", ".join(known)
 
 
+def first_line(error: BaseException) -> str:
+    """An error of other people's code, short enough to stand inside a line of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def explain(error: BaseException | None) -> str | None:
     """One line for an error that the user can mend, or None for a fault of the program."""
     match error:
@@ -68,7 +74,15 @@ def explain(error: BaseException | None) -> str | None:
             return f"{error.filename or 'the directory of the run'}: the disk is full; make room"
         case OSError() if error.filename:
             return f"{error.filename}: {error.strerror}"
+        case Exception() if _raised_by_lightning(error):
+            return f"{first_line(error)} (a setting of trainer.* or callbacks.*)"
     return None
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself refuses: it has no error class of its own for a wrong setting."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("lightning.")
 
 
 def _first(error: BaseException) -> BaseException | None:

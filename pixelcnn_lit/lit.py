@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from pixelcnn_lit.build import Range, build, resolve
-from pixelcnn_lit.checkpoints import first_line, read_checkpoint
-from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.checkpoints import read_checkpoint
+from pixelcnn_lit.errors import UserError, first_line
 
 # What is scored or sampled in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32).
 torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
@@ -88,7 +88,7 @@ class DensityModel(L.LightningModule):
         )
         self.image_shape, self.num_classes, self.levels = tuple(image_shape), num_classes, levels
         self.dims = math.prod(image_shape)
-        self.score, self.images_scored = MeanNats(num_classes), 0
+        self.score, self.images_scored, self.figures = MeanNats(num_classes), 0, {}
         self._train_nats = torch.zeros(2)  # their sum over the batches of the epoch so far, and the number of batches
         self.optimizer_config, self.scheduler_config, self.label_dropout = optimizer, scheduler, label_dropout
         if channels_last:
@@ -134,10 +134,10 @@ class DensityModel(L.LightningModule):
 
     # The mean of an epoch counts the part before a run was cut off, too.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["train_nats"], checkpoint["images_scored"] = self._train_nats, self.images_scored
+        checkpoint["train_nats"], checkpoint["scored"] = self._train_nats, (self.images_scored, self.figures)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._train_nats, self.images_scored = checkpoint["train_nats"], checkpoint["images_scored"]
+        self._train_nats, (self.images_scored, self.figures) = checkpoint["train_nats"], checkpoint["scored"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         x, y = batch

@@ -18,11 +18,16 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
     """A Trainer from conf/trainer. `precision: auto` becomes bf16 where the machine is fast at it."""
     settings = dict(config)
     if settings.get("precision") == "auto":
-        settings["precision"] = "bf16-mixed" if fast_bf16(settings["accelerator"]) else "32-true"
+        settings["precision"] = "bf16-mixed" if fast_bf16(settings.get("accelerator", "auto")) else "32-true"
     if settings.get("enable_progress_bar") is None:
         settings["enable_progress_bar"] = sys.stdout.isatty()
+    own = {**extra, "use_distributed_sampler": False, "enable_model_summary": False}
+    for key in own.keys() & settings.keys():
+        raise UserError(f"trainer.{key}: is set by the program; leave it out")
     check("trainer", L.Trainer, settings)
-    if settings["strategy"] == "ddp":
+    if settings.get("accumulate_grad_batches", 1) < 1:
+        raise UserError("trainer.accumulate_grad_batches=0: must be a whole number >= 1")
+    if settings.get("strategy") == "ddp":
         # Validation runs through the wrapper; its broadcast of buffers waits for ever for ranks without a batch left.
         settings["strategy"] = DDPStrategy(broadcast_buffers=False)
     # Lightning's own tips and notes bury the result.
@@ -35,8 +40,8 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # as it is when a run goes on
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # see resume.LastCheckpoint
     try:
-        return L.Trainer(**settings, **extra, use_distributed_sampler=False, enable_model_summary=False)
-    except (ValueError, MisconfigurationException) as error:
+        return L.Trainer(**settings, **own)
+    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())} (trainer=auto fits any machine)") from error
 
 

@@ -1,133 +1,21 @@
-"""What lets a run that was cut off go on as if nothing had happened: `run_dir=R ckpt=last`."""
+"""What lets a run that was cut off end as if nothing had happened, bit for bit. Tried with Lightning 2.6."""
 
-import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from omegaconf import OmegaConf
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.checkpoints import first_line, sweep
-from pixelcnn_lit.command import Stopped, new_dir, shown
-from pixelcnn_lit.errors import UserError
-
-CONFIG = "config.yaml"  # beside the checkpoints: all settings of the run
-CHANGEABLE = ("trainer", "callbacks")  # of them, when it goes on
-
-
-def run_of(ckpt: str | None, parent: str) -> str:
-    """The directory of the run that a checkpoint belongs to; a new one inside `parent` where there is no checkpoint."""
-    if ckpt is None:
-        return new_dir(parent)
-    if ckpt == "last":
-        raise UserError("ckpt=last: of which run? type run_dir=DIRECTORY too")
-    directory = Path(str(ckpt)).parent.parent
-    if not Path(str(ckpt)).is_file() or not (directory / CONFIG).is_file():
-        raise UserError(f"ckpt={ckpt}: no checkpoint inside the directory of a run; type RUN_DIR/checkpoints/last.ckpt")
-    return str(directory)
-
-
-OmegaConf.register_new_resolver("run_of", run_of, use_cache=True, replace=True)
-
-
-def last_checkpoint(directory: Path) -> Path:
-    return directory / "checkpoints" / "last.ckpt"
-
-
-def requeued(directory: Path) -> list[Path]:
-    """What Lightning saved there when Slurm was about to end the job."""
-    return list(directory.glob("hpc_ckpt_*.ckpt"))
-
-
-def starting_point(directory: Path, ckpt: str | None, or_anew: bool) -> str | None:
-    """The checkpoint to go on from in `directory`, or None to start; `or_anew` takes what there is."""
-    last = last_checkpoint(directory)
-    if ckpt is None:
-        if not last.is_file() or requeued(directory):  # which Lightning takes up by itself
-            return None
-        if not or_anew and "SLURM_RESTART_COUNT" not in os.environ:
-            raise UserError(f"run_dir={shown(directory)}: holds a run; type ckpt=last to go on, or another run_dir")
-        return str(last)
-    path = last if ckpt == "last" else Path(ckpt)
-    if path.resolve().parent.parent != directory.resolve():
-        raise UserError(f"ckpt={ckpt}: of another run; leave out run_dir, or type ckpt=last")
-    return str(path)
-
-
-def saved_settings(directory: Path, composed: dict[str, Any], typed: Sequence[str]) -> dict[str, Any]:
-    """The settings saved in a run's directory, with what was `typed` of its trainer and callbacks changed in them.
-
-    `composed` is what conf/ and the typed overrides make of it today. Raises UserError where they would change more.
-    """
-    path = directory / CONFIG
-    try:
-        saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        saved = {key: saved[key] for key in (*composed, "overrides")}
-    except Exception as error:  # yaml and a stranger's contents have many
-        raise UserError(
-            f"{path}: damaged or not of this program ({first_line(error)}); it holds the settings"
-        ) from error
-    overrides = OverridesParser.create().parse_overrides(list(typed))
-    own = [o for o in overrides if _group(o) not in ("run_dir", "ckpt", "skip_completed", "debug")]
-    for override in own:
-        if _group(override) not in CHANGEABLE:
-            _refuse_changes(override, saved, composed)
-    for override in own:
-        group, _, inside = override.key_or_group.partition(".")
-        if group in CHANGEABLE and not inside and not override.is_delete():
-            saved[group] = composed[group]  # another choice, and in it all that was typed
-        elif group in CHANGEABLE:
-            _take_over(saved[group], composed[group], inside.split("."))
-    return saved
-
-
-def _group(override: Override) -> str:
-    return override.key_or_group.partition(".")[0].partition("@")[0]
-
-
-def _refuse_changes(override: Override, saved: dict[str, Any], composed: dict[str, Any]) -> None:
-    """Raise UserError if an override, typed again when a run goes on, would not be what it was."""
-    here, there, name = composed, saved, override.key_or_group
-    for part in name.split("."):
-        here, there = (node.get(part) if isinstance(node, dict) else None for node in (here, there))
-    if here is None or isinstance(here, dict):  # a choice: of what, only the whole can tell
-        for key in [key for key in composed if key not in CHANGEABLE]:
-            _require_equal(key, saved[key], composed[key])
-    else:
-        _require_equal(name, there, here)
-
-
-def _require_equal(key: str, saved: Any, composed: Any) -> None:
-    if isinstance(saved, dict) and isinstance(composed, dict):
-        for name in sorted({**saved, **composed}, key=lambda name: name != "_target_"):  # another choice is named first
-            _require_equal(f"{key}.{name}", saved.get(name), composed.get(name))
-    elif saved != composed:
-        raise UserError(
-            f"{key} is {saved} in the run and {composed} here; a run goes on with its own settings: "
-            "type trainer.* and callbacks.* alone"
-        )
-
-
-def _take_over(saved: dict[str, Any], composed: dict[str, Any], names: list[str]) -> None:
-    """Make the value at `names` in `saved` what it is in `composed`, where it may be absent."""
-    name, *rest = names
-    if name not in composed:
-        saved.pop(name, None)
-    elif rest and isinstance(saved.get(name), dict):
-        _take_over(saved[name], composed[name], rest)
-    else:
-        saved[name] = composed[name]
+from pixelcnn_lit.checkpoints import sweep
+from pixelcnn_lit.command import Stopped
+from pixelcnn_lit.runs import last_checkpoint
 
 
 class Streams(Callback):
@@ -165,6 +53,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._asked = 0  # the number of the signal that asked the run to stop
+        self._owed = False  # whether the epoch that ends is still to be saved
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             sweep(self.path.parent)
@@ -190,15 +79,22 @@ class LastCheckpoint(Checkpoint):
         trainer.fit_loop.epoch_loop.restarting = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._safe = False  # whether a validation that follows may be cut off
         if trainer.fit_loop._should_accumulate() or trainer.should_stop:
             return  # gradients are in no checkpoint; a run that stops by itself is saved with its last score
-        ends = _validation_is_due(trainer) or batch_idx + 1 == trainer.num_training_batches
-        stop, late = self._agreed(trainer)
-        if ends or late or stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
-            trainer.save_checkpoint(self.path)
-            self._saved_at = time.monotonic()
+        validation, stop, late = _validation_is_due(trainer), *self._agreed(trainer)
+        if batch_idx + 1 == trainer.num_training_batches and not validation:
+            self._owed = True  # schedulers are still to be stepped
+            return
+        if validation or late or stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+            self._save(trainer)
+            self._safe = True
         if stop:
             raise Stopped(stop)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved_at, self._owed = time.monotonic(), False
 
     def _agreed(self, trainer: L.Trainer) -> tuple[int, bool]:
         """The signal that asks to stop, and whether it is time to save: the same answers in every process."""
@@ -212,16 +108,25 @@ class LastCheckpoint(Checkpoint):
         return asked, bool(late)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        if self._asked and trainer.world_size == 1 and not trainer.should_stop:
+        if self._asked and self._safe and trainer.world_size == 1:
             raise Stopped(self._asked)  # it was saved before this validation, which will be run again
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        # Lightning leaves ReduceLROnPlateau out of an epoch that was resumed, for want of a score; here there is one.
-        trainer.fit_loop._restarting = False
-        if trainer.should_stop:
-            trainer.save_checkpoint(self.path)
+        loop, validation = trainer.fit_loop, _validation_is_due(trainer)
+        if trainer.should_stop and validation:
+            self._save(trainer)  # as before that validation, whose scheduler step follows it
+        # Lightning steps ReduceLROnPlateau after the last hook that could save, and not in an epoch that was resumed.
+        if loop.epoch_loop._num_ready_batches_reached():
+            loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        loop._restarting = True  # so it does not do so again
+        if (self._owed or trainer.should_stop) and not validation:
+            self._save(trainer)
             if self._asked:
                 raise Stopped(self._asked)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._asked:
+            raise Stopped(self._asked)  # the test is still to come
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write the loops' progress in one way, whichever hook saves: this batch is done, its validation is not."""
@@ -249,14 +154,14 @@ class LastCheckpoint(Checkpoint):
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - validation
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Let the paths of other callbacks follow a run directory that was moved."""
-        here = str(self.path.parent)
+        """Let the paths of other callbacks follow a run directory that was moved; and none lead out of it."""
+        here = self.path.parent
         for state in checkpoint["callbacks"].values():
             if "best_model_path" in state:
-                there, state["dirpath"] = state["dirpath"], here
+                state["dirpath"] = str(here)
                 for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                    state[key] = state[key].replace(there, here, 1)
-                state["best_k_models"] = {k.replace(there, here, 1): v for k, v in state["best_k_models"].items()}
+                    state[key] = state[key] and str(here / Path(state[key]).name)
+                state["best_k_models"] = {str(here / Path(k).name): v for k, v in state["best_k_models"].items()}
 
 
 def _validation_is_due(trainer: L.Trainer) -> bool:

@@ -7,13 +7,17 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pixelcnn_lit.runs import CONFIG
+
 COLUMNS = ("val/bpd", "test/bpd", "n_params", "images_per_second", "seconds")
 
 
 def main() -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit("error: type python -m pixelcnn_lit.summarize DIRECTORY, the directory of a sweep (or of many runs)")
-    jobs = sorted(path.parent.parent for path in Path(sys.argv[1]).rglob("hydra/hydra.yaml") if _trains(path))
+    jobs = sorted(
+        path.parent.parent for path in Path(sys.argv[1]).rglob("hydra/hydra.yaml") if _trains(path.parent.parent)
+    )
     if not jobs:
         sys.exit(f"error: {sys.argv[1]}: no runs in it")
     done = {job: json.loads((job / "result.json").read_text()) for job in jobs if (job / "result.json").is_file()}
@@ -26,12 +30,19 @@ def main() -> None:
         print(*(f"{cell:>19}" for cell in cells), f"  {job}: {' '.join(result['overrides'])}", sep="")
     for job in jobs:
         if job not in done:
-            overrides = " ".join(OmegaConf.load(job / "hydra" / "overrides.yaml"))
+            overrides = " ".join(_typed(job))
             print(f"{'failed':>19}  {job}: {overrides}\n{'':>19}  {_reason(job)}")
 
 
-def _trains(hydra_yaml: Path) -> bool:
-    return OmegaConf.load(hydra_yaml).hydra.job.config_name == "train"
+def _trains(job: Path) -> bool:
+    return (job / CONFIG).is_file() or OmegaConf.load(job / "hydra" / "hydra.yaml").hydra.job.config_name == "train"
+
+
+def _typed(job: Path) -> list[str]:
+    """A run that began has its overrides in its settings; one that was refused only where Hydra put them."""
+    if (job / CONFIG).is_file():
+        return list(OmegaConf.load(job / CONFIG).overrides)
+    return list(OmegaConf.load(job / "hydra" / "overrides.yaml"))
 
 
 def _cell(value: Any) -> str:

@@ -19,7 +19,8 @@ FLOORS = (
     ("models",),
     ("samplers",),
     ("lit", "machine"),
-    ("callbacks", "resume"),
+    ("callbacks", "runs"),
+    ("resume",),
     ("train", "sample", "evaluate", "summarize", "export", "data.__main__"),
 )
 

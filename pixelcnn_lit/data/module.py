@@ -143,7 +143,7 @@ def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:
 
     Everything is checked before anything is read.
     """
-    source = resolve(config["_target_"], Images)
+    source = resolve(config.get("_target_"), Images)
     own = inspect.signature(source).parameters
     arguments = {key: value for key, value in config.items() if key in own}
     options = {key: value for key, value in config.items() if key not in own and key != "_target_"}

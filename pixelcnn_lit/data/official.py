@@ -62,18 +62,18 @@ def _read_or_renew(dataset: type, root: str, download: bool) -> list[Any]:
     try:
         return _read(dataset, root)
     except Exception:
-        archives = [Path(root, name) for name, md5 in _archives(dataset) if check_integrity(str(Path(root, name)), md5)]
+        archives = _intact_archives(dataset, root)
         if not download and len(archives) < len(_archives(dataset)):
             raise
     Path(root).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=root, prefix=UNFINISHED) as fresh, _time_limit(DOWNLOAD_TIMEOUT):
         for archive in archives:
-            copy = fresh / archive.relative_to(root)
+            copy = Path(fresh, archive.relative_to(root))
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(archive, copy)
         dataset(fresh, download=True)
         for file in [path for path in Path(fresh).rglob("*") if path.is_file()]:
-            target = root / file.relative_to(fresh)
+            target = Path(root, file.relative_to(fresh))
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
     return _read(dataset, root)
@@ -84,12 +84,16 @@ def _read(dataset: type, root: str) -> list[Any]:
     lengths = tuple(len(part) for part in parts)
     if lengths != LENGTHS[dataset.__name__]:
         raise ValueError(f"it has {lengths} images, not {LENGTHS[dataset.__name__]}")
-    for archive in Path(root, dataset.__name__, "raw").glob("*.gz"):
+    for archive in [path for path in _intact_archives(dataset, root) if path.suffixes == [".gz"]]:
         # CIFAR-10's batches are checked by torchvision; of MNIST's unpacked files the archives hold the checksums.
         *_, checksum, _ = struct.unpack("<2I", archive.read_bytes()[-8:])
         if zlib.crc32(archive.with_suffix("").read_bytes()) != checksum:
             raise ValueError(f"{archive.with_suffix('')} is not what its archive holds")
     return parts
+
+
+def _intact_archives(dataset: type, root: str) -> list[Path]:
+    return [Path(root, name) for name, md5 in _archives(dataset) if check_integrity(str(Path(root, name)), md5)]
 
 
 def _archives(dataset: Any) -> list[tuple[str, str]]:

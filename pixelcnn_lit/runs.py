@@ -1,0 +1,133 @@
+"""Which run goes on, from where, and with which settings."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from pixelcnn_lit.command import new_dir, shown
+from pixelcnn_lit.errors import UserError, first_line
+
+CONFIG = "config.yaml"  # beside the checkpoints: all settings of the run
+CONTROLS = ("run_dir", "ckpt", "skip_completed", "debug")  # are typed for one command, and are no settings of the run
+CHANGEABLE = ("trainer", "callbacks", "dataset.root", "dataset.path")  # when it goes on
+
+
+def run_of(ckpt: str | None, parent: str) -> str:
+    """The directory of the run that a checkpoint belongs to; a new one inside `parent` where there is no checkpoint."""
+    if ckpt is None:
+        return new_dir(parent)
+    if ckpt == "last":
+        raise UserError("ckpt=last: of which run? type run_dir=DIRECTORY too")
+    directory = Path(str(ckpt)).parent.parent
+    if not Path(str(ckpt)).is_file() or not (directory / CONFIG).is_file():
+        raise UserError(f"ckpt={ckpt}: no checkpoint inside the directory of a run; type RUN_DIR/checkpoints/last.ckpt")
+    return str(directory)
+
+
+OmegaConf.register_new_resolver("run_of", run_of, use_cache=True, replace=True)
+
+
+def last_checkpoint(directory: Path) -> Path:
+    return directory / "checkpoints" / "last.ckpt"
+
+
+def stopped_at(directory: Path) -> list[Path]:
+    """Where a run could go on from, the newest first: last.ckpt, and what Lightning saved as Slurm ended the job."""
+    saved = [path for path in (last_checkpoint(directory), *directory.glob("hpc_ckpt_*.ckpt")) if path.is_file()]
+    return sorted(saved, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def starting_point(directory: Path, ckpt: str | None, or_anew: bool) -> Path | None:
+    """The checkpoint to go on from in `directory`, or None to start; `or_anew` takes what there is."""
+    saved = stopped_at(directory)
+    if ckpt in (None, "last"):
+        if saved and (ckpt or or_anew or "SLURM_RESTART_COUNT" in os.environ):
+            return saved[0]
+        if ckpt:
+            raise UserError(f"run_dir={shown(directory)}: nothing was saved there yet; leave out ckpt=last")
+        if saved:
+            raise UserError(f"run_dir={shown(directory)}: holds a run; type ckpt=last to go on, or another run_dir")
+        return None
+    path = Path(str(ckpt))
+    if not path.is_file():
+        raise UserError(f"ckpt={ckpt}: no such file; type ckpt=last")
+    if path.absolute().parent.parent.resolve() != directory.resolve():
+        raise UserError(f"ckpt={ckpt}: of another run; leave out run_dir, or type ckpt=last")
+    return path
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """No other process trains in the directory meanwhile. The lock of a process that dies is gone with it."""
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"run_dir={shown(directory)}: another process trains there; type another run_dir") from None
+    except (NotImplementedError, OSError):
+        pass  # a filesystem without locks
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def typed_settings(overrides: Sequence[str]) -> list[str]:
+    """The overrides that are settings of the run."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [text for text, o in zip(overrides, parsed, strict=True) if o.key_or_group not in CONTROLS]
+
+
+def saved_settings(directory: Path, typed: Sequence[str]) -> dict[str, Any]:
+    """The settings saved in a run's directory, with what is `typed` of its trainer and callbacks changed in them.
+
+    What an override changes is told by composing conf/ with it and without. Raises UserError if it changes more.
+    """
+    path = directory / CONFIG
+    try:
+        saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        before = _composed(saved["overrides"])
+        assert isinstance(saved["callbacks"], dict)
+    except Exception as error:  # yaml and a stranger's contents have many
+        raise UserError(
+            f"{path}: damaged or not of this program ({first_line(error)}); it holds the settings"
+        ) from error
+    for name, callback in saved["callbacks"].items():
+        if isinstance(callback, dict) and (callback.get("dirpath") or "/" in str(callback.get("filename"))):
+            raise UserError(f"{path}: callbacks.{name} would write elsewhere; remove its dirpath and filename")
+    if typed:
+        _take_over(saved, before, _composed([*saved["overrides"], *typed]))
+        saved["overrides"] += [override for override in typed if override not in saved["overrides"]]
+    return saved
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
+    composed = OmegaConf.to_container(compose("train", overrides), resolve=False)
+    assert isinstance(composed, dict)
+    return {"scheduler": None} | {key: value for key, value in composed.items() if key not in CONTROLS}
+
+
+def _take_over(saved: dict[str, Any], before: dict[str, Any], after: dict[str, Any], inside: str = "") -> None:
+    """Change in `saved` what differs between `before` and `after`."""
+    for name in sorted({**before, **after}, key=lambda name: name != "_target_"):  # another choice is named first
+        key, old, new = f"{inside}{name}", before.get(name), after.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict) and isinstance(saved.get(name), dict):
+            _take_over(saved[name], old, new, f"{key}.")
+        elif not key.startswith(CHANGEABLE) or key in CHANGEABLE[:2]:
+            raise UserError(
+                f"{key} is {old} in the run and {new} here; a run goes on with its own settings: "
+                "type trainer.* and callbacks.* alone"
+            )
+        elif name in after:
+            saved[name] = new
+        else:
+            saved.pop(name, None)
