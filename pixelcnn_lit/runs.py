@@ -109,8 +109,7 @@ def saved_settings(directory: Path, typed: Sequence[str]) -> dict[str, Any]:
 
 
 def _composed(overrides: list[str]) -> dict[str, Any]:
-    composed = OmegaConf.to_container(compose("train", overrides), resolve=False)
-    assert isinstance(composed, dict)
+    composed: Any = OmegaConf.to_container(compose("train", overrides), resolve=False)
     return {"scheduler": None} | {key: value for key, value in composed.items() if key not in CONTROLS}
 
 

@@ -148,7 +148,7 @@ def require_scores(trainer: L.Trainer) -> None:
     every, epochs, kept = trainer.check_val_every_n_epoch, trainer.max_epochs, trainer.checkpoint_callback
     if not isinstance(kept, ModelCheckpoint) or kept.monitor not in ("val/nll", "val/bpd"):
         raise UserError("callbacks.best: must keep the weights best on val/nll; type callbacks=default or no_ema")
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
         raise UserError("trainer.fast_dev_run: keeps no checkpoint; type trainer.max_steps=1")
     for split in ("val", "test"):
         if not getattr(trainer, f"limit_{split}_batches"):

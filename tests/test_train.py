@@ -212,7 +212,7 @@ def test_max_steps_inside_an_epoch_still_ends_with_a_score(tmp_path):
 
 def test_a_run_stopped_inside_an_epoch_goes_on_to_the_end(tmp_path):
     one_run(tmp_path, "trainer.max_steps=2")
-    assert one_run(tmp_path, "ckpt=last")["epochs"] == 2
+    assert one_run(tmp_path, "ckpt=last", "trainer.max_steps=-1")["epochs"] == 2
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path):

@@ -62,7 +62,7 @@ def _read_or_renew(dataset: type, root: str, download: bool) -> list[Any]:
     try:
         return _read(dataset, root)
     except Exception:
-        archives = _intact_archives(dataset, root)
+        archives = [Path(root, name) for name, md5 in _archives(dataset) if check_integrity(str(Path(root, name)), md5)]
         if not download and len(archives) < len(_archives(dataset)):
             raise
     Path(root).mkdir(parents=True, exist_ok=True)
@@ -84,16 +84,12 @@ def _read(dataset: type, root: str) -> list[Any]:
     lengths = tuple(len(part) for part in parts)
     if lengths != LENGTHS[dataset.__name__]:
         raise ValueError(f"it has {lengths} images, not {LENGTHS[dataset.__name__]}")
-    for archive in [path for path in _intact_archives(dataset, root) if path.suffixes == [".gz"]]:
+    for archive in Path(root, dataset.__name__, "raw").glob("*.gz"):
         # CIFAR-10's batches are checked by torchvision; of MNIST's unpacked files the archives hold the checksums.
         *_, checksum, _ = struct.unpack("<2I", archive.read_bytes()[-8:])
         if zlib.crc32(archive.with_suffix("").read_bytes()) != checksum:
             raise ValueError(f"{archive.with_suffix('')} is not what its archive holds")
     return parts
-
-
-def _intact_archives(dataset: type, root: str) -> list[Path]:
-    return [Path(root, name) for name, md5 in _archives(dataset) if check_integrity(str(Path(root, name)), md5)]
 
 
 def _archives(dataset: Any) -> list[tuple[str, str]]:
