@@ -194,13 +194,27 @@ class DensityModel(L.LightningModule):
             raise UserError("this scheduler must know where the run ends; type trainer.max_epochs or trainer.max_steps")
         return int(steps)
 
-    DRAW_FACTS = ("net", "likelihood", "y", "image_shape", "progress")
+    DRAW_FACTS = (
+        "net",
+        "likelihood",
+        "y",
+        "image_shape",
+        "num_classes",
+        "known_classes",
+        "image",
+        "known",
+        "watch",
+        "progress",
+    )
 
-    def draw(self, sampler: dict[str, Any], classes: list[int] | None = None, progress: bool = False) -> Tensor:
-        """Images of each class in turn, `sampler["n_per_class"]` of each: uint8 [B,C,H,W] on this device."""
+    def draw(self, sampler: dict[str, Any], classes: list[int] | None = None, **own: Any) -> Tensor:
+        """Images of each class in turn, `sampler["n_per_class"]` of each: uint8 [B,C,H,W] on this device.
+
+        `own`: image, known, watch and progress of `samplers.draw`.
+        """
         y = torch.tensor(self.classes if classes is None else classes, device=self.device)
-        facts = (self.net, self.likelihood, y, self.image_shape, progress)
-        return build("sampler", sampler, Tensor, **dict(zip(self.DRAW_FACTS, facts, strict=True)))
+        facts = (self.net, self.likelihood, y, self.image_shape, self.num_classes, self.known_classes)
+        return build("sampler", sampler, Tensor, **dict(zip(self.DRAW_FACTS, facts, strict=False)), **own)
 
 
 def load(path: str) -> DensityModel:

@@ -1,11 +1,18 @@
-"""Sampling is a function of noise."""
+"""Sampling is a function of noise (law 5), whatever steers it."""
 
 import pytest
 import torch
-from test_laws import PAIRS, make
+from test_laws import NETWORKS, PAIRS, make
 
 from pixelcnn_lit.noise import uniform
-from pixelcnn_lit.samplers import inverse_cdf, naive
+from pixelcnn_lit.samplers import Conditioned, draw, evaluating, fixed_point, inverse_cdf, sharpened, walk
+
+SHAPE = (3, 4, 5)
+
+
+def drawn(net, inside, y, shape=SHAPE, **own):
+    facts = {"num_classes": 4, "known_classes": [0, 1, 2, 3, 4]}
+    return draw(net, inside, torch.tensor(y), shape, **facts, **own)
 
 
 def test_noise_is_a_function_of_seed_and_number():
@@ -17,35 +24,173 @@ def test_noise_is_a_function_of_seed_and_number():
 def test_inverse_cdf_draws_each_level_as_often_as_its_probability():
     p = torch.tensor([0.1, 0.0, 0.6, 0.3], dtype=torch.float64)
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    drawn = inverse_cdf(p.log().expand(1000, 4), u)
-    assert drawn.bincount(minlength=4).tolist() == [100, 0, 600, 300]
+    levels = inverse_cdf(p.log().expand(1000, 4), u)
+    assert levels.bincount(minlength=4).tolist() == [100, 0, 600, 300]
+
+
+STEERED = [
+    {},
+    {"temperature": 0.6},
+    {"guidance_scale": 2.5},
+    {"mix_with": 3, "mix_weight": 0.3},
+    {"top_k": 5, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("steer", STEERED, ids=str)
+@pytest.mark.parametrize(("network", "likelihood"), PAIRS)
+def test_law_5_naive_cached_and_fixed_point_draw_the_same_image(network, likelihood, steer):
+    for shape, y in ((SHAPE, [0, 1, 2]), ((1, 8, 8), [3])):
+        net, inside = make(network, likelihood, shape, levels=17, num_classes=4)
+        naive, cached, fixed = (
+            drawn(net, inside, y, shape, method=method, seed=7, **steer)
+            for method in ("naive", "cached", "fixed_point")
+        )
+        assert torch.equal(naive, cached)
+        assert torch.equal(naive, fixed)
+        assert not torch.equal(naive, drawn(net, inside, y, shape, seed=8, **steer))
 
 
 @pytest.mark.parametrize(("network", "likelihood"), PAIRS)
 def test_an_image_does_not_depend_on_its_batch_or_on_the_training_mode(network, likelihood):
-    shape = (3, 4, 5)
-    net, inside = make(network, likelihood, shape, levels=17)
-    y = torch.tensor([0, 1, 2])
-    three = naive(net, inside, y, shape, seed=7)
-    assert torch.equal(naive(net, inside, y[:1], shape, seed=7, n_per_class=1), three[:1])
-    assert torch.equal(naive(net, inside, y[:1], shape, seed=7), three[:1])
+    net, inside = make(network, likelihood, SHAPE, levels=17, num_classes=4)
+    three = drawn(net, inside, [0, 1, 2], seed=7)
+    assert torch.equal(drawn(net, inside, [0], seed=7), three[:1])
+    assert torch.equal(drawn(net, inside, [0], seed=7, n_per_class=2)[:1], three[:1])
     net.train()
-    assert torch.equal(naive(net, inside, y, shape, seed=7), three)
-    assert net.training
-    assert not torch.equal(naive(net, inside, y, shape, seed=8), three)
+    assert torch.equal(drawn(net, inside, [0, 1, 2], seed=7), three)
+    assert all(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("device_column", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+@torch.no_grad()
+def test_law_5_step_equals_forward(network, dtype, tolerance, device_column):
+    """Along the same images, one after the other from the same cache; with the column as a number and on the device."""
+    for shape in ((1, 7, 7), (3, 3, 5), (1, 4, 1), (3, 1, 6)):
+        net, _ = make(network, "categorical", shape, levels=17, num_classes=4)
+        net = net.to(dtype).eval()
+        if not hasattr(net, "step"):
+            pytest.skip("no step")
+        y = torch.tensor([0, 4])
+        cache = net.init_cache(y)
+        if device_column:
+            cache["column"] = torch.zeros(1, dtype=torch.int64)
+        for seed in range(2):
+            x = torch.randint(17, (2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+            features = net(x, y)
+            previous = x[:, :, 0, 0]
+            for i in range(shape[1]):
+                for j in range(shape[2]):
+                    if device_column:
+                        cache["column"].fill_(j)
+                    error = net.step(cache, previous, i, j) - features[:, :, i, j]
+                    assert error.abs().max() <= tolerance * features.abs().max()
+                    previous = x[:, :, i, j]
 
 
 @pytest.mark.parametrize(("network", "likelihood"), PAIRS)
 @torch.no_grad()
 def test_each_value_is_the_inverse_cdf_of_its_noise_given_the_finished_image(network, likelihood):
     """What sampling pixel by pixel drew, one look at the whole image confirms."""
-    shape, temperature = (3, 4, 5), 0.7
-    net, inside = make(network, likelihood, shape, levels=17)
+    temperature = 0.7
+    net, inside = make(network, likelihood, SHAPE, levels=17, num_classes=4)
     y = torch.tensor([2, 3])
-    x = naive(net, inside, y, shape, seed=1, temperature=temperature)
+    x = drawn(net, inside, [2, 3], seed=1, temperature=temperature)
     features = net(x, y)
     for n in range(2):
-        u = uniform(1, n, shape)
+        u = uniform(1, n, SHAPE)
         for c in range(3):
             logits = inside.channel_logits(features, x, c)[n].flatten(1).T / temperature  # [HW,V]
             assert torch.equal(inverse_cdf(logits, u[c].flatten()), x[n, c].flatten().long())
+
+
+@torch.no_grad()
+def test_guidance_and_mixing_do_what_they_say():
+    net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
+    y, no_class = torch.tensor([0, 1]), 4
+    x = torch.randint(17, (2, *SHAPE), dtype=torch.uint8)
+
+    def log_p(label: torch.Tensor) -> torch.Tensor:
+        return inside.channel_logits(net(x, label), x, 1).double()
+
+    def steered(**own) -> torch.Tensor:
+        target = Conditioned(net, inside, y, no_class, **own)
+        return target.logits(net(target.rows(x), target.y), x, 1).log_softmax(1)
+
+    none, cond, three = log_p(torch.full_like(y, no_class)), log_p(y), log_p(torch.full_like(y, 3))
+    assert torch.allclose(steered(guidance_scale=3.0), (none + 3 * (cond - none)).log_softmax(1))
+    assert torch.allclose(steered(guidance_scale=0.0), none)
+    assert torch.allclose(steered(mix_with=3, mix_weight=0.2).exp(), 0.8 * cond.exp() + 0.2 * three.exp())
+    with pytest.raises(ValueError, match="exclude each other"):
+        steered(mix_with=3, guidance_scale=2.0)
+
+
+def test_top_k_and_top_p_keep_the_likeliest_levels():
+    p = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2]], dtype=torch.float64)
+    kept = lambda **own: sharpened(p.log(), 1.0, **own).exp().gt(0).nonzero()[:, 1].tolist()  # noqa: E731
+    assert kept(top_k=2, top_p=1.0) == [1, 3]
+    assert kept(top_k=None, top_p=0.6) == [1, 3]
+    assert kept(top_k=None, top_p=0.66) == [1, 3, 4]
+    assert kept(top_k=None, top_p=0.01) == [1]
+    assert kept(top_k=9, top_p=1.0) == [0, 1, 2, 3, 4]
+
+
+def test_guidance_of_a_model_that_never_saw_no_class_is_refused():
+    net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
+    facts = {"num_classes": 4, "known_classes": [0, 1, 2, 3]}
+    for own, message in (({"guidance_scale": 2.0}, "label_dropout"), ({"mix_with": 4}, "mix_with=4")):
+        with pytest.raises(ValueError, match=message):
+            draw(net, inside, torch.tensor([0]), SHAPE, **facts, **own)
+
+
+@pytest.mark.parametrize("method", ["naive", "cached", "fixed_point"])
+def test_known_pixels_stay_to_the_bit_and_are_what_the_others_follow(method):
+    net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
+    image = torch.randint(17, (2, *SHAPE), dtype=torch.uint8)
+    known = torch.zeros(SHAPE[1:], dtype=torch.bool)
+    known[:2] = True
+    done = drawn(net, inside, [0, 1], image=image, known=known, method=method)
+    assert torch.equal(done[:, :, :2], image[:, :, :2])
+    other = drawn(net, inside, [0, 1], image=16 - image, known=known, method=method)
+    assert not torch.equal(done[:, :, 2:], other[:, :, 2:])
+    free = drawn(net, inside, [0, 1], method=method)
+    again = drawn(net, inside, [0, 1], image=free, known=known, method=method)
+    assert torch.equal(again, free)  # its own beginning leads to its own end
+
+
+@torch.no_grad()
+def test_a_network_that_sees_the_future_has_no_fixed_point_in_time():
+    class Future(torch.nn.Module):
+        def forward(self, x, y):
+            return 5.0 - x.flip(-1, -2).double().repeat(1, 2, 1, 1) * torch.tensor([0.0, 10.0])[None, :, None, None]
+
+    class Plain:
+        channel_logits = staticmethod(lambda features, x, c: features)
+
+    canvas = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+    target = Conditioned(Future(), Plain(), torch.tensor([0]), 1)
+    with pytest.raises(AssertionError, match="not causal"):
+        fixed_point(target, lambda logits, c: 1 - (canvas[:, 0].flip(-1, -2)), canvas)
+
+
+def test_walking_restores_the_mode_of_every_part():
+    net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
+    net.train()
+    first = next(iter(net.children())).eval()
+    with evaluating(net, inside):
+        assert not any(part.training for part in net.modules())
+    assert net.training
+    assert not first.training
+
+
+def test_each_pixel_is_watched():
+    net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
+    seen = []
+    target = Conditioned(net.eval(), inside, torch.tensor([0]), 4)
+    canvas = torch.zeros(1, *SHAPE, dtype=torch.uint8)
+    pick = lambda logits, c, i, j: logits.argmax(1)  # noqa: E731
+    walk(target, pick, canvas, watch=lambda canvas, p: seen.append((p, canvas.clone())))
+    assert [p for p, _ in seen] == list(range(20))
+    assert torch.equal(seen[-1][1], canvas)

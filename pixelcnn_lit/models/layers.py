@@ -46,10 +46,80 @@ class CausalConv2d(nn.Module):
         padded = F.conv2d(x, self.weight * self.mask, self.bias, padding=(self.rows - 1, self.side))
         return padded[:, :, : x.shape[2]]  # padding is symmetric; its rows below the image are cut off
 
+    def cache(self, batch: int, width: int, scale: Tensor | None = None, shift: Tensor | None = None) -> "RowCache":
+        """What computes this convolution pixel by pixel, followed by `* scale + shift` (a folded BatchNorm)."""
+        weight, bias = self.weight * self.mask, self.bias
+        if scale is not None:
+            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
+        return RowCache(weight, bias, self.mask, batch, width)
+
     def reach(self, seen: Tensor) -> Tensor:
         """The inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""
         below = F.pad(seen.to(self.mask)[None, None], (0, 0, 0, self.rows - 1))
         return F.conv_transpose2d(below, self.mask, padding=(self.rows - 1, self.side))[0, 0] > 0
+
+
+class RowCache:
+    """A causal convolution computed one pixel at a time, as one matrix product over the live taps.
+
+    It keeps the inputs of the current row and of the `rows - 1` above it, [B,W+2*side,rows,C]. The rows of a column
+    lie beside each other, so that the taps of a pixel are one stretch of memory that needs no gathering: columns
+    j-side to j+side, up to the last tap that is alive. Padding is zero.
+
+    A column is a number, which finds ready-made views, or an int64 tensor [1] on the device, which a CUDA graph can
+    replay with other values in it.
+
+    Args:
+        weight: masked, [out,in,rows,k]. bias: [out]. mask: [1,1,rows,k].
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, mask: Tensor, batch: int, width: int) -> None:
+        _, channels, rows, k = weight.shape
+        side = k // 2
+        taps = weight.permute(3, 2, 1, 0)  # [k,rows,in,out]
+        alive = int(mask[0, 0].T.flatten().nonzero().max()) + 1
+        self.matrix = taps.flatten(0, 2)[: alive * channels].contiguous()
+        self.bias, self.side = bias, side
+        self.inputs = weight.new_zeros(batch, width + 2 * side, rows, channels)
+        self.offsets = torch.arange(k, device=weight.device)
+        flat, stride = self.inputs.flatten(1), rows * channels
+        self.slots = [self.inputs[:, j + side, -1] for j in range(width)]
+        self.windows = [flat[:, j * stride :][:, : alive * channels] for j in range(width)]
+
+    def reset(self) -> None:
+        self.inputs.zero_()
+
+    def new_row(self) -> None:
+        """What was the current row becomes the one above."""
+        self.inputs[:, :, :-1] = self.inputs[:, :, 1:].clone()
+
+    def put(self, x: Tensor, j: int | Tensor) -> None:
+        """The input [B,C] at column j of the current row."""
+        if isinstance(j, int):
+            self.slots[j].copy_(x)
+        else:
+            self.inputs[:, :, -1].index_copy_(1, j + self.side, x[:, None])
+
+    def put_relu(self, x: Tensor, j: int | Tensor) -> None:
+        """max(x, 0) as the input."""
+        if isinstance(j, int):
+            torch.clamp_min(x, 0, out=self.slots[j])
+        else:
+            self.put(x.relu(), j)
+
+    def window(self, j: int | Tensor) -> Tensor:
+        """The inputs [B,taps*C] under the live taps at column j."""
+        if isinstance(j, int):
+            return self.windows[j]
+        return self.inputs.index_select(1, j + self.offsets).flatten(1)[:, : len(self.matrix)]
+
+    def output(self, j: int | Tensor) -> Tensor:
+        """The convolution at column j: [B,out]."""
+        return torch.addmm(self.bias, self.window(j), self.matrix)
+
+    def add_output(self, x: Tensor, j: int | Tensor) -> Tensor:
+        """x [B,out] plus the convolution, in place."""
+        return x.add_(self.bias).addmm_(self.window(j), self.matrix)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -57,6 +127,18 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+    def pixel(self, x: Tensor) -> Tensor:
+        """The same at one pixel: [B,C] -> [B,C]."""
+        return super().forward(x)
+
+
+def folded(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """BatchNorm in eval mode as (scale, shift), [C] each."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - norm.running_mean * scale
 
 
 class ClassEmbedding(nn.Module):

@@ -10,14 +10,14 @@ Training-mode loss: a likelihood under `norm=layer`; not under `norm=batch`, who
     later pixels included.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.layers import CausalConv2d, ChannelNorm, ClassEmbedding, scale
+from pixelcnn_lit.models.layers import CausalConv2d, ChannelNorm, ClassEmbedding, RowCache, folded, scale
 
 
 class PixelCNN(nn.Module):
@@ -71,6 +71,38 @@ class PixelCNN(nn.Module):
         h = h + self.embed(y).to(h.dtype)  # under bf16 autocast a float32 bias would make the whole stream float32
         return self.last(self.blocks(h))
 
+    def init_cache(self, y: Tensor) -> dict[str, Any]:
+        """All storage for stepping through images of the classes y [B]."""
+        batch, width = len(y), self.image_size[1]
+        convs = [layer.cache(batch, width) for layer in (self.first, self.last[2], self.last[4])]
+        blocks = [block.init_cache(batch, width) for block in self.blocks]
+        rows = [*convs, *(cache for block in blocks for cache in block)]
+        return {"first": convs[0], "last": convs[1:], "blocks": blocks, "rows": rows, "class": self.embed(y)[..., 0, 0]}
+
+    def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
+        """Features [B,D] at row i, column j, asked for in raster order; equal to `forward` there.
+
+        `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied. Where
+        cache["column"], an int64 tensor [1], is given, it is the column, and j tells only whether a row begins.
+        """
+        first, width, column = cache["first"], self.image_size[1], cache.get("column", j)
+        if (i, j) == (0, 0):
+            for rows in cache["rows"]:
+                rows.reset()
+        else:
+            first.put(scale(previous, self.levels, like=first.bias), (column - 1) % width)
+        if j == 0 and i > 0:
+            for rows in cache["rows"]:
+                rows.new_row()
+        h = first.output(column).add_(cache["class"])
+        for block, rows in zip(self.blocks, cache["blocks"], strict=True):
+            h = block.step(rows, h, column)
+        h = self.last[0].pixel(h) if isinstance(self.last[0], ChannelNorm) else h
+        for rows in cache["last"]:
+            rows.put_relu(h, column)
+            h = rows.output(column)
+        return F.linear(h.relu_(), self.last[6].weight[..., 0, 0], self.last[6].bias)
+
     def context(self, i: int, j: int) -> Tensor:
         """The earlier pixels, bool [H,W], that the features at row i, column j depend on."""
         seen = torch.zeros(self.image_size, dtype=torch.bool)
@@ -94,6 +126,16 @@ class PreNormBlock(nn.Module):
         h = self.conv1(F.relu(self.norm1(x)))
         return x + self.conv2(self.dropout(F.relu(self.norm2(h))))
 
+    def init_cache(self, batch: int, width: int) -> tuple[RowCache, RowCache]:
+        return self.conv1.cache(batch, width), self.conv2.cache(batch, width)
+
+    def step(self, cache: tuple[RowCache, RowCache], x: Tensor, j: int | Tensor) -> Tensor:
+        """`forward` at column j of the present row, without dropout: x [B,C] -> [B,C], in place."""
+        first, second = cache
+        first.put_relu(self.norm1.pixel(x), j)
+        second.put_relu(self.norm2.pixel(first.output(j)), j)
+        return second.add_output(x, j)
+
 
 class PublishedBlock(nn.Module):
     """relu(x + bn(conv(relu(bn(conv(x)))))): two masked convolutions with BatchNorm and ReLU."""
@@ -106,3 +148,15 @@ class PublishedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(x + self.norm2(self.conv2(h)))
+
+    def init_cache(self, batch: int, width: int) -> tuple[RowCache, RowCache]:
+        """BatchNorm, which in eval mode is a multiplication and an addition, goes into the convolutions."""
+        pairs = ((self.conv1, self.norm1), (self.conv2, self.norm2))
+        return tuple(conv.cache(batch, width, *folded(norm)) for conv, norm in pairs)
+
+    def step(self, cache: tuple[RowCache, RowCache], x: Tensor, j: int | Tensor) -> Tensor:
+        """`forward` in eval mode at column j of the present row: x [B,C] -> [B,C], in place."""
+        first, second = cache
+        first.put(x, j)
+        second.put_relu(first.output(j), j)
+        return second.add_output(x, j).relu_()
