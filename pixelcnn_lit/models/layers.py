@@ -1,7 +1,7 @@
 """The parts that networks share: causal convolutions, a norm that cannot leak, the class embedding."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +46,9 @@ class CausalConv2d(nn.Module):
         padded = F.conv2d(x, self.weight * self.mask, self.bias, padding=(self.rows - 1, self.side))
         return padded[:, :, : x.shape[2]]  # padding is symmetric; its rows below the image are cut off
 
-    def cache(self, batch: int, width: int, scale: Tensor | None = None, shift: Tensor | None = None) -> "RowCache":
-        """What computes this convolution pixel by pixel, followed by `* scale + shift` (a folded BatchNorm)."""
-        weight, bias = self.weight * self.mask, self.bias
-        if scale is not None:
-            weight, bias = weight * scale[:, None, None, None], bias * scale + shift
-        return RowCache(weight, bias, self.mask, batch, width)
+    def cache(self, batch: int, width: int, **own: Any) -> "RowCache":
+        """What computes this convolution pixel by pixel."""
+        return RowCache(self.weight * self.mask, self.bias, self.mask, batch, width, **own)
 
     def reach(self, seen: Tensor) -> Tensor:
         """The inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""
@@ -67,24 +64,37 @@ class RowCache:
     j-side to j+side, up to the last tap that is alive. Padding is zero.
 
     A column is a number, which finds ready-made views, or an int64 tensor [1] on the device, which a CUDA graph can
-    replay with other values in it.
+    replay with other values in it. All is made beforehand: between two pixels a small network has microseconds.
 
     Args:
         weight: masked, [out,in,rows,k]. bias: [out]. mask: [1,1,rows,k].
+        before: a norm that stands, with a ReLU, before the convolution.
+        after: a BatchNorm that stands behind it, which in eval mode is a multiplication and an addition.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, mask: Tensor, batch: int, width: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        mask: Tensor,
+        batch: int,
+        width: int,
+        before: nn.LayerNorm | None = None,
+        after: nn.BatchNorm2d | None = None,
+    ) -> None:
         _, channels, rows, k = weight.shape
-        side = k // 2
+        if after is not None:
+            scale = after.weight / (after.running_var + after.eps).sqrt()
+            weight, bias = weight * scale[:, None, None, None], (bias - after.running_mean) * scale + after.bias
         taps = weight.permute(3, 2, 1, 0)  # [k,rows,in,out]
-        alive = int(mask[0, 0].T.flatten().nonzero().max()) + 1
-        self.matrix = taps.flatten(0, 2)[: alive * channels].contiguous()
-        self.bias, self.side = bias, side
-        self.inputs = weight.new_zeros(batch, width + 2 * side, rows, channels)
+        alive = (int(mask[0, 0].T.flatten().nonzero().max()) + 1) * channels
+        self.matrix, self.bias, self.side = taps.flatten(0, 2)[:alive].contiguous(), bias, k // 2
+        self.norm = before and (before.normalized_shape, before.weight, before.bias, before.eps)
+        self.inputs = weight.new_zeros(batch, width + 2 * self.side, rows, channels)
         self.offsets = torch.arange(k, device=weight.device)
-        flat, stride = self.inputs.flatten(1), rows * channels
-        self.slots = [self.inputs[:, j + side, -1] for j in range(width)]
-        self.windows = [flat[:, j * stride :][:, : alive * channels] for j in range(width)]
+        flat = self.inputs.flatten(1)
+        self.slots = [self.inputs[:, j + self.side, -1] for j in range(width)]
+        self.windows = [flat[:, j * rows * channels :][:, :alive] for j in range(width)]
 
     def reset(self) -> None:
         self.inputs.zero_()
@@ -101,7 +111,9 @@ class RowCache:
             self.inputs[:, :, -1].index_copy_(1, j + self.side, x[:, None])
 
     def put_relu(self, x: Tensor, j: int | Tensor) -> None:
-        """max(x, 0) as the input."""
+        """relu(norm(x)) as the input."""
+        if self.norm:
+            x = torch.layer_norm(x, *self.norm)
         if isinstance(j, int):
             torch.clamp_min(x, 0, out=self.slots[j])
         else:
@@ -127,18 +139,6 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
-
-    def pixel(self, x: Tensor) -> Tensor:
-        """The same at one pixel: [B,C] -> [B,C]."""
-        return super().forward(x)
-
-
-def folded(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """BatchNorm in eval mode as (scale, shift), [C] each."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return scale, norm.bias - norm.running_mean * scale
 
 
 class ClassEmbedding(nn.Module):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.layers import CausalConv2d, ChannelNorm, ClassEmbedding, RowCache, folded, scale
+from pixelcnn_lit.models.layers import CausalConv2d, ChannelNorm, ClassEmbedding, RowCache, scale
 
 
 class PixelCNN(nn.Module):
@@ -73,35 +73,43 @@ class PixelCNN(nn.Module):
 
     def init_cache(self, y: Tensor) -> dict[str, Any]:
         """All storage for stepping through images of the classes y [B]."""
-        batch, width = len(y), self.image_size[1]
-        convs = [layer.cache(batch, width) for layer in (self.first, self.last[2], self.last[4])]
-        blocks = [block.init_cache(batch, width) for block in self.blocks]
-        rows = [*convs, *(cache for block in blocks for cache in block)]
-        return {"first": convs[0], "last": convs[1:], "blocks": blocks, "rows": rows, "class": self.embed(y)[..., 0, 0]}
+        size = len(y), self.image_size[1]
+        norm, _, conv1, _, conv2, _, out = self.last
+        first = self.first.cache(*size)
+        first.bias = first.bias + self.embed(y)[..., 0, 0]
+        blocks = [block.init_cache(*size) for block in self.blocks]
+        last = conv1.cache(*size, before=norm if isinstance(norm, ChannelNorm) else None), conv2.cache(*size)
+        return {
+            "first": first,
+            "blocks": blocks,
+            "last": last,
+            "rows": [first, *last, *(rows for block in blocks for rows in block)],
+            "out": (out.bias, out.weight[..., 0, 0].T.contiguous()),
+        }
 
     def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
-        """Features [B,D] at row i, column j, asked for in raster order; equal to `forward` there.
+        """Features [B,D] at row i, column j, asked for in raster order; equal to `forward` there in eval mode.
 
         `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied. Where
         cache["column"], an int64 tensor [1], is given, it is the column, and j tells only whether a row begins.
         """
-        first, width, column = cache["first"], self.image_size[1], cache.get("column", j)
+        first, column = cache["first"], cache.get("column", j)
         if (i, j) == (0, 0):
             for rows in cache["rows"]:
                 rows.reset()
         else:
-            first.put(scale(previous, self.levels, like=first.bias), (column - 1) % width)
+            first.put(scale(previous, self.levels, like=first.bias), (column - 1) % self.image_size[1])
         if j == 0 and i > 0:
             for rows in cache["rows"]:
                 rows.new_row()
-        h = first.output(column).add_(cache["class"])
+        h = first.output(column)
         for block, rows in zip(self.blocks, cache["blocks"], strict=True):
             h = block.step(rows, h, column)
-        h = self.last[0].pixel(h) if isinstance(self.last[0], ChannelNorm) else h
         for rows in cache["last"]:
             rows.put_relu(h, column)
             h = rows.output(column)
-        return F.linear(h.relu_(), self.last[6].weight[..., 0, 0], self.last[6].bias)
+        bias, matrix = cache["out"]
+        return torch.addmm(bias, h.relu_(), matrix)
 
     def context(self, i: int, j: int) -> Tensor:
         """The earlier pixels, bool [H,W], that the features at row i, column j depend on."""
@@ -126,14 +134,14 @@ class PreNormBlock(nn.Module):
         h = self.conv1(F.relu(self.norm1(x)))
         return x + self.conv2(self.dropout(F.relu(self.norm2(h))))
 
-    def init_cache(self, batch: int, width: int) -> tuple[RowCache, RowCache]:
-        return self.conv1.cache(batch, width), self.conv2.cache(batch, width)
+    def init_cache(self, *size: int) -> tuple[RowCache, RowCache]:
+        return self.conv1.cache(*size, before=self.norm1), self.conv2.cache(*size, before=self.norm2)
 
     def step(self, cache: tuple[RowCache, RowCache], x: Tensor, j: int | Tensor) -> Tensor:
         """`forward` at column j of the present row, without dropout: x [B,C] -> [B,C], in place."""
         first, second = cache
-        first.put_relu(self.norm1.pixel(x), j)
-        second.put_relu(self.norm2.pixel(first.output(j)), j)
+        first.put_relu(x, j)
+        second.put_relu(first.output(j), j)
         return second.add_output(x, j)
 
 
@@ -149,10 +157,8 @@ class PublishedBlock(nn.Module):
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(x + self.norm2(self.conv2(h)))
 
-    def init_cache(self, batch: int, width: int) -> tuple[RowCache, RowCache]:
-        """BatchNorm, which in eval mode is a multiplication and an addition, goes into the convolutions."""
-        pairs = ((self.conv1, self.norm1), (self.conv2, self.norm2))
-        return tuple(conv.cache(batch, width, *folded(norm)) for conv, norm in pairs)
+    def init_cache(self, *size: int) -> tuple[RowCache, RowCache]:
+        return self.conv1.cache(*size, after=self.norm1), self.conv2.cache(*size, after=self.norm2)
 
     def step(self, cache: tuple[RowCache, RowCache], x: Tensor, j: int | Tensor) -> Tensor:
         """`forward` in eval mode at column j of the present row: x [B,C] -> [B,C], in place."""

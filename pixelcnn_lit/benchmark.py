@@ -1,0 +1,163 @@
+"""How fast this machine trains and samples, as ratios measured side by side in one run; no figure is stored in code."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixelcnn_lit.build import Range
+from pixelcnn_lit.checkpoints import write_text
+from pixelcnn_lit.command import command, run_dir, shown
+from pixelcnn_lit.lit import DensityModel
+from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.samplers import Conditioned, evaluating, fixed_point, inverse_cdf, walk
+
+NAIVE_PIXELS = 8  # each costs the same, so a few tell of all
+Timed = dict[str, Callable[[], Any]]
+
+
+@command("benchmark")
+def main(
+    model: dict[str, Any],
+    likelihood: dict[str, Any],
+    optimizer: dict[str, Any],
+    image_shape: tuple[int, int, int],
+    levels: Annotated[int, Range(2, 256)],
+    batch_size: Annotated[int, Range(1)],
+    rounds: Annotated[int, Range(1)],
+    compile: bool,
+) -> None:
+    device = best_device()
+    settings = {"model": model, "likelihood": likelihood, "optimizer": optimizer}
+    facts = {"image_shape": list(image_shape), "levels": levels, "num_classes": 10, "class_names": [], "label": ""}
+    torch.manual_seed(0)
+    density = DensityModel(**settings, **facts, dataset={}).to(device)
+    x = torch.randint(levels, (batch_size, *image_shape), dtype=torch.uint8, device=device)
+    y = torch.arange(batch_size, device=device) % 10
+    training = training_rows(density, x, y, medians(training_steps(density, x, y, compile), rounds))
+    sampling = sampling_rows(density, x, y, rounds)
+    head = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    head |= {"parameters": sum(p.numel() for p in density.parameters()), "batch_size": batch_size}
+    result = {**head, "image_shape": list(image_shape), "training": training, "sampling": sampling}
+    write_text(run_dir() / "benchmark.json", json.dumps(result, indent=2))
+    print(", ".join(f"{key} {value}" for key, value in result.items() if not isinstance(value, dict)))
+    print(table(training), table(sampling), shown(run_dir() / "benchmark.json"), sep="\n")
+
+
+def medians(timed: Timed, rounds: int) -> dict[str, float]:
+    """Seconds of each, taken in turns so that whatever else the machine does falls on all alike; warmed up first."""
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for round in range(rounds + 1):
+        for name, function in timed.items():
+            began = time.perf_counter()
+            function()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            if round:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def training_steps(density: DensityModel, x: Tensor, y: Tensor, compile: bool) -> Timed:
+    """A whole step in each precision, and beside it a plain dense convolution as wide as the network, the ceiling."""
+    optimizer = density.configure_optimizers()["optimizer"]
+    compiled = torch.compile(density.nats) if compile else None
+
+    def step(nats: Callable[[Tensor, Tensor], Tensor], bf16: bool) -> None:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            loss = nats(x, y).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    timed: Timed = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        timed[name] = lambda bf16=name == "bf16": step(density.nats, bf16)
+        timed[f"{name} ceiling"] = _dense_convolution(density, x, dtype)
+    if compiled:
+        timed["bf16 compiled"] = lambda: step(compiled, True)
+    return timed
+
+
+def _dense_convolution(density: DensityModel, x: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """Forward and backward of one unmasked 3×3 convolution, channels last."""
+    width = density.hparams["model"]["hidden_channels"]
+    size, weight = (len(x), width, *x.shape[2:]), (width, width, 3, 3)
+    a, w = (torch.randn(s, device=x.device, dtype=dtype) for s in (size, weight))
+    a, w = (t.to(memory_format=torch.channels_last).requires_grad_() for t in (a, w))
+    return lambda: F.conv2d(a, w, padding=1).sum().backward()
+
+
+def training_rows(density: DensityModel, x: Tensor, y: Tensor, seconds: dict[str, float]) -> dict[str, Any]:
+    with FlopCounterMode(display=False) as counted:
+        density.nats(x, y).mean().backward()
+    width, work = density.hparams["model"]["hidden_channels"], counted.get_total_flops()
+    dense = 3 * 2 * len(x) * x.shape[2] * x.shape[3] * width * width * 9
+    rows = {}
+    for name in [name for name in seconds if not name.endswith("ceiling")]:
+        rate = work / seconds[name]
+        ceiling = dense / seconds[f"{name.split()[0]} ceiling"]
+        rows[f"training, {name}"] = {
+            "images/s": len(x) / seconds[name],
+            "GFLOP/s": rate / 1e9,
+            "of a dense convolution": rate / ceiling,
+        }
+    return rows
+
+
+@torch.no_grad()
+def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
+    """Each sampler beside one forward pass over the same batch."""
+    net, shape = density.net, tuple(x.shape)
+    target = Conditioned(net, density.likelihood, y, density.num_classes)
+    u = torch.rand(shape, dtype=torch.float64, device=target.noise_device)
+    evaluations = []
+
+    def pick(logits: Tensor, c: int, i: Any = slice(None), j: Any = slice(None)) -> Tensor:
+        return inverse_cdf(logits, u[:, c, i, j])
+
+    def naive() -> None:
+        for p in range(NAIVE_PIXELS):
+            i, j = divmod(p, shape[3])
+            features = net(x, y)[:, :, i, j]
+            for c in range(shape[1]):
+                pick(target.logits(features, x[:, :, i, j], c), c, i, j)
+
+    timed: Timed = {"one forward": lambda: net(x, y), "naive": naive}
+    if hasattr(net, "step"):
+        timed["cached"] = lambda: walk(target, pick, torch.zeros_like(x))
+    timed["fixed_point"] = lambda: evaluations.append(fixed_point(target, pick, torch.zeros_like(x)))
+    with evaluating(net, density.likelihood):
+        seconds = medians(timed, rounds)
+    seconds["naive"] *= shape[2] * shape[3] / NAIVE_PIXELS
+    rows = {
+        f"sampling, {name}": {
+            "images/s": len(x) / seconds[name],
+            "forward passes": seconds[name] / seconds["one forward"],
+            "times naive": seconds["naive"] / seconds[name],
+        }
+        for name in seconds
+    }
+    rows["sampling, fixed_point"]["evaluations"] = evaluations[-1]
+    return rows
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(rows.values())))
+    lines = [" " * 26 + "".join(f"{column:>24}" for column in columns)]
+    lines += [f"{name:<26}" + "".join(f"{row[column]:>24.4g}" for column in columns) for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
