@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pixelcnn_lit.checkpoints import write_text
 from pixelcnn_lit.command import command, run_dir, shown
-from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
+from pixelcnn_lit.data.module import saved_or_given, uniform_bpd
 from pixelcnn_lit.lit import load, require_same
 from pixelcnn_lit.machine import make_trainer
 
@@ -35,12 +35,6 @@ def main(
     for name, bpd in {**per_class, "all": figures["bpd"]}.items():
         print(f"{name:>{width}}  {bpd:.4f} bpd")
     print(shown(run_dir() / "evaluation.json"))
-
-
-def saved_or_given(saved: dict[str, Any], given: dict[str, Any]) -> ImageData:
-    """The dataset of the checkpoint with what was typed changed in it, or another one altogether."""
-    typed = {key: value for key, value in given.items() if value is not None}
-    return image_data(typed if "_target_" in typed else saved | typed)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,40 @@
-"""Draw class-conditional samples from a checkpoint: a PNG grid, a row a class, and the images themselves as npz."""
+"""Draw class-conditional samples from a checkpoint.
 
+A PNG grid, a row a class, the images themselves as npz and, if wanted, a GIF of the images filling up.
+"""
+
+import math
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import load
 from pixelcnn_lit.machine import best_device
-from pixelcnn_lit.pictures import grid, save
+from pixelcnn_lit.pictures import animate, grid, save
+
+FRAMES = 60
 
 
 @command("sample")
-def main(ckpt: str, classes: list[int] | None, sampler: dict[str, Any]) -> None:
+def main(ckpt: str, classes: list[int] | None, sampler: dict[str, Any], gif: bool) -> None:
     model = load(ckpt).to(best_device())
     asked = model.classes if classes is None else classes
     if not asked or set(asked) - set(model.known_classes):
         raise UserError(f"classes={asked}: this model was trained on {', '.join(map(str, model.known_classes))}")
-    images = model.draw(sampler, asked, progress=True).cpu()
-    directory, n = run_dir(), sampler["n_per_class"]
+    directory, n, filling = run_dir(), sampler.get("n_per_class", 1), []
+    every = -(-math.prod(model.image_shape[1:]) // FRAMES)
+
+    def watch(canvas: Tensor, pixel: int) -> None:
+        if pixel % every == 0:
+            filling.append(grid(canvas, model.levels, n))
+
+    images = model.draw(sampler, asked, watch=watch if gif else None, progress=True).cpu()
     save(grid(images, model.levels, n), directory / "samples.png")
+    if gif:
+        animate([*filling, grid(images, model.levels, n)], directory / "samples.gif")
     np.savez(directory / "samples.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=np.repeat(asked, n))
     print(f"{len(images)} images of classes {asked}: {shown(directory / 'samples.png')} and samples.npz beside it")
 

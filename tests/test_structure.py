@@ -21,7 +21,7 @@ FLOORS = (
     ("lit", "machine"),
     ("callbacks", "runs"),
     ("resume",),
-    ("train", "sample", "evaluate", "summarize", "export", "data.__main__"),
+    ("train", "sample", "evaluate", "summarize", "export", "complete", "benchmark", "data.__main__"),
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,9 +15,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.lr_scheduler import OneCycleLR
 
+import pixelcnn_lit.benchmark
+import pixelcnn_lit.complete
 import pixelcnn_lit.evaluate
 import pixelcnn_lit.sample
 import pixelcnn_lit.summarize
@@ -158,6 +162,81 @@ def test_sample_draws_the_asked_classes_and_the_same_ones_again(run, monkeypatch
     assert a["labels"].tolist() == [3, 3, 7, 7]
     assert np.array_equal(a["images"], b["images"])
     assert (tmp_path / "a" / "samples.png").stat().st_size > 100
+
+
+def test_sample_shows_the_images_filling_up(run, monkeypatch, tmp_path):
+    asked = [f"ckpt={run}/checkpoints/best.ckpt", "sampler.n_per_class=1", "gif=true", f"run_dir={tmp_path}"]
+    command(monkeypatch, pixelcnn_lit.sample.main, *asked)
+    with Image.open(tmp_path / "samples.gif") as film, Image.open(tmp_path / "samples.png") as still:
+        assert film.n_frames > 20
+        film.seek(film.n_frames - 1)
+        assert np.array_equal(np.asarray(film.convert("RGB")), np.asarray(still))
+
+
+@pytest.mark.parametrize(("keep", "conditional"), [("top_half", True), ("bottom_half", False), ("left_half", False)])
+def test_completions_keep_what_is_known_and_score_the_rest(run, monkeypatch, tmp_path, capsys, keep, conditional):
+    asked = [f"ckpt={run}/checkpoints/best.ckpt", f"keep={keep}", "n_images=3", f"run_dir={tmp_path}"]
+    command(monkeypatch, pixelcnn_lit.complete.main, *asked)
+    result = json.loads((tmp_path / "completions.json").read_text())
+    assert ("bpd of the completions" in result) == conditional
+    assert ("not the conditional" in capsys.readouterr().out) != conditional
+    if conditional:
+        test, model = digits().test[:3], load(str(run / "checkpoints" / "best.ckpt"))
+        with torch.no_grad():
+            nats = -model.likelihood.log_prob(model.net(test.x, test.y), test.x)[:, :, 4:]
+        assert result["bpd of the images' own rest"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)
+
+
+def test_a_png_is_completed_where_its_mask_is_black(run, monkeypatch, tmp_path):
+    picture = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    Image.fromarray(picture).save(tmp_path / "in.png"), Image.fromarray(mask).save(tmp_path / "mask.png")
+    asked = [f"ckpt={run}/checkpoints/best.ckpt", f"image={tmp_path}/in.png", f"keep_mask={tmp_path}/mask.png"]
+    drawn = []
+    draw = DensityModel.draw
+    monkeypatch.setattr(DensityModel, "draw", lambda *a, **own: drawn.append(draw(*a, **own)) or drawn[-1])
+    command(monkeypatch, pixelcnn_lit.complete.main, *asked, "label=5", "sampler.n_per_class=3", f"run_dir={tmp_path}")
+    kept = torch.from_numpy(picture.astype(int) * 17 // 256)[:, :4]
+    assert drawn[0].shape == (3, 1, 8, 8)
+    assert all(torch.equal(image[0, :, :4].int(), kept.int()) for image in drawn[0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["image=absent.png", "label=1"], "absent.png: not a readable PNG"),
+        (["image=small.png", "label=1"], "this model draws (1, 8, 8)"),
+        (["image=right.png"], "label is missing"),
+        (["image=right.png", "label=77"], "this model was trained on"),
+        (["keep_mask=small.png"], "images are (8, 8)"),
+        (["keep=middle"], "keep=middle: must be one of top_half"),
+        (["n_images=0"], "n_images=0: must be a whole number >= 1"),
+        (["sampler.guidance_scale=2"], "train with label_dropout"),
+        (["sampler.method=fast"], "sampler.method=fast: must be one of naive, cached, fixed_point"),
+    ],
+)
+def test_a_completion_that_cannot_be_gets_one_line(run, monkeypatch, tmp_path, asked, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (4, 4)).save("small.png"), Image.new("L", (8, 8)).save("right.png")
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        command(monkeypatch, pixelcnn_lit.complete.main, f"ckpt={run}/checkpoints/best.ckpt", *asked)
+
+
+def test_guidance_of_a_model_trained_with_label_dropout_draws(tmp_path, monkeypatch):
+    one_run(tmp_path / "run", "label_dropout=0.5")
+    asked = [f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "sampler.guidance_scale=3", f"run_dir={tmp_path}/out"]
+    command(monkeypatch, pixelcnn_lit.sample.main, *asked)
+    assert archive(tmp_path / "out" / "samples.npz")["images"].shape == (20, 8, 8, 1)
+
+
+def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeypatch, capsys):
+    small = ["model_size=tiny", "image_shape=[1,6,6]", "batch_size=2", "rounds=1", f"run_dir={tmp_path}"]
+    command(monkeypatch, pixelcnn_lit.benchmark.main, *small)
+    result = json.loads((tmp_path / "benchmark.json").read_text())
+    assert set(result["sampling"]) == {f"sampling, {n}" for n in ("one forward", "naive", "cached", "fixed_point")}
+    assert result["sampling"]["sampling, naive"]["times naive"] == 1
+    assert "of a dense convolution" in capsys.readouterr().out
 
 
 def test_the_mean_counts_every_image_once_whatever_the_batches(run):

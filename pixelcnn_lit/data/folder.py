@@ -2,15 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from pixelcnn_lit.data.images import Images, Split
 from pixelcnn_lit.errors import UserError
-
-GREY, COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P")  # Pillow's modes of 8 bits and less
+from pixelcnn_lit.pictures import read_png
 
 
 def folder(path: str) -> Images:
@@ -29,7 +25,7 @@ def _split(directory: Path, classes: list[str]) -> Split:
     files = [(file, label) for label, name in enumerate(classes) for file in sorted((directory / name).glob("*.png"))]
     if not files:
         raise UserError(f"{directory}: no images; it must hold <class>/*.png")
-    images = [_read(file) for file, _ in files]
+    images = [read_png(file) for file, _ in files]
     for (file, _), image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
             raise UserError(
@@ -37,15 +33,3 @@ def _split(directory: Path, classes: list[str]) -> Split:
                 "make them one size"
             )
     return Split(torch.stack(images), torch.tensor([label for _, label in files]))
-
-
-def _read(file: Path) -> Tensor:
-    """uint8 [C,H,W]: grey files have one channel, with or without transparency, colour files three."""
-    try:
-        with Image.open(file) as image:
-            if image.mode not in GREY + COLOUR:
-                raise UserError(f"{file}: pixels of mode {image.mode}; save it with 8 bits a channel")
-            pixels = np.asarray(image.convert("L" if image.mode in GREY else "RGB")).copy()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{file}: not a readable PNG; replace or delete it") from error
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)

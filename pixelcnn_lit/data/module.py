@@ -152,6 +152,12 @@ def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:
     return ImageData(partial(source, **arguments), seed=seed, **options)
 
 
+def saved_or_given(saved: dict[str, Any], given: dict[str, Any]) -> ImageData:
+    """The dataset of the checkpoint with what was typed changed in it, or another one altogether."""
+    typed = {key: value for key, value in given.items() if value is not None}
+    return image_data(typed if "_target_" in typed else saved | typed)
+
+
 def uniform_bpd(levels: int) -> float:
     """The bpd of knowing nothing: log2 of the number of levels."""
     return math.log2(levels)

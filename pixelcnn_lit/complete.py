@@ -1,0 +1,113 @@
+"""Complete images: keep some pixels to the bit and draw the others, several times, given what is kept."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from pixelcnn_lit.build import Range
+from pixelcnn_lit.checkpoints import write_text
+from pixelcnn_lit.command import command, run_dir, shown
+from pixelcnn_lit.data.images import quantise
+from pixelcnn_lit.data.module import saved_or_given
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.lit import DensityModel, bits, load, require_same
+from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.pictures import grid, read_png, save
+
+
+@command("complete")
+def main(
+    ckpt: str,
+    keep: Literal["top_half", "bottom_half", "left_half", "right_half"],
+    keep_mask: str | None,
+    image: str | None,
+    label: int | None,
+    n_images: Annotated[int, Range(1)],
+    dataset: dict[str, Any],
+    sampler: dict[str, Any],
+) -> None:
+    model = load(ckpt)
+    if image:
+        x, y = read_image(image, model), known_class(label, model)
+    else:
+        x, y = test_images(ckpt, model, dataset, n_images)
+    known = read_mask(keep_mask, model) if keep_mask else half(keep, model.image_shape)
+    model, n = model.to(best_device()), sampler.get("n_per_class", 1)
+    repeated = x.repeat_interleave(n, 0).to(model.device)
+    drawn = model.draw(sampler, y, image=repeated, known=known.to(model.device), progress=True)
+
+    directory = run_dir()
+    rows = torch.cat([x[:, None], (x * known)[:, None], drawn.cpu().unflatten(0, (len(x), n))], dim=1)
+    save(grid(rows.flatten(0, 1), model.levels, n + 2), directory / "completions.png")
+    result: dict[str, Any] = {"checkpoint": ckpt, "images": len(x), "known": int(known.sum()), "labels": y}
+    if is_beginning(known):
+        labels = torch.tensor(y, device=model.device)
+        result["bpd of the images' own rest"] = conditional_bpd(model, x.to(model.device), labels, known)
+        result["bpd of the completions"] = conditional_bpd(model, drawn, labels.repeat_interleave(n), known)
+    write_text(directory / "completions.json", json.dumps(result, indent=2))
+    for name, value in list(result.items())[4:] or [("not the conditional: kept pixels stand behind drawn ones", None)]:
+        print(name if value is None else f"{name}, given what is kept: {value:.4f}")
+    print(f"image, what is kept, {n} completions a row: {shown(directory / 'completions.png')}")
+
+
+def half(keep: str, image_shape: tuple[int, ...]) -> Tensor:
+    """The pixels to keep, bool [H,W]."""
+    _, height, width = image_shape
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
+    side = {"top_half": rows < height // 2, "bottom_half": rows >= height // 2}
+    side |= {"left_half": columns < width // 2, "right_half": columns >= width // 2}
+    return side[keep].expand(height, width)
+
+
+def is_beginning(known: Tensor) -> bool:
+    """Whether all known pixels of bool [H,W] precede all others: only then is the rest drawn from p(rest | known)."""
+    n = int(known.sum())
+    return bool(known.flatten()[:n].all())
+
+
+@torch.no_grad()
+def conditional_bpd(model: DensityModel, x: Tensor, y: Tensor, known: Tensor) -> float:
+    """Bits per dimension of the pixels that are not known, given those that are, the mean over the images."""
+    nats = -model.likelihood.log_prob(model.net(x, y), x)[:, :, ~known]
+    return bits(float(nats.double().mean()))
+
+
+def test_images(ckpt: str, model: DensityModel, dataset: dict[str, Any], n: int) -> tuple[Tensor, list[int]]:
+    data = saved_or_given(model.hparams["dataset"], dataset)
+    data.setup()
+    require_same(ckpt, dict(model.hparams), data.facts)
+    first = data.test[:n]
+    return first.x, (
+        first.y.tolist() if model.hparams["model"].get("conditional", True) else model.classes * len(first)
+    )
+
+
+def read_image(path: str, model: DensityModel) -> Tensor:
+    """uint8 [1,C,H,W] in the model's levels."""
+    x = read_png(Path(path))
+    if tuple(x.shape) != model.image_shape:
+        raise UserError(f"image={path}: (C, H, W) = {tuple(x.shape)}; this model draws {model.image_shape}")
+    return quantise(x[None], 256, model.levels)
+
+
+def read_mask(path: str, model: DensityModel) -> Tensor:
+    """bool [H,W], true where the PNG is white."""
+    mask = read_png(Path(path))
+    if mask.shape[1:] != model.image_shape[1:]:
+        raise UserError(f"keep_mask={path}: (H, W) = {tuple(mask.shape[1:])}; images are {model.image_shape[1:]}")
+    return mask.float().mean(0) >= 128
+
+
+def known_class(label: int | None, model: DensityModel) -> list[int]:
+    if label is None and len(model.classes) > 1:
+        raise UserError("label is missing; type label=0 or another class of the image")
+    if label is not None and label not in model.known_classes:
+        raise UserError(f"label={label}: this model was trained on {', '.join(map(str, model.known_classes))}")
+    return [model.classes[0] if label is None else label]
+
+
+if __name__ == "__main__":
+    main()
