@@ -65,7 +65,7 @@ class Conditioned:
         return torch.logaddexp(wanted + math.log1p(-self.weight), other + math.log(self.weight))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def walk(
     target: Conditioned,
     pick: Pick,
@@ -153,9 +153,12 @@ def fixed_point(target: Conditioned, pick_all: Callable[[Tensor, int], Tensor], 
 
 
 def inverse_cdf(logits: Tensor, u: Tensor) -> Tensor:
-    """The level [B,...] at which the cumulative distribution of logits [B,V,...] passes u [B,...], in float64."""
-    cdf = logits.double().softmax(1).cumsum(1)
-    return (cdf[:, :-1] <= u.unsqueeze(1)).sum(1)
+    """The level [B,...] at which the cumulative distribution of logits [B,V,...] passes u [B,...], in float64.
+
+    That is the number of all values of the distribution but the last, 1, that are <= u.
+    """
+    cdf = logits.movedim(1, -1).double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cdf, u[..., None].contiguous(), right=True)[..., 0].clamp_(max=cdf.shape[-1] - 1)
 
 
 def sharpened(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
@@ -163,7 +166,8 @@ def sharpened(logits: Tensor, temperature: float, top_k: int | None, top_p: floa
 
     top_p: Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, equation 3.
     """
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k is not None and top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -math.inf)
     if top_p < 1:

@@ -101,7 +101,8 @@ class RowCache:
 
     def new_row(self) -> None:
         """What was the current row becomes the one above."""
-        self.inputs[:, :, :-1] = self.inputs[:, :, 1:].clone()
+        for row in range(self.inputs.shape[2] - 1):
+            self.inputs[:, :, row].copy_(self.inputs[:, :, row + 1])
 
     def put(self, x: Tensor, j: int | Tensor) -> None:
         """The input [B,C] at column j of the current row."""

@@ -79,7 +79,10 @@ class PixelCNN(nn.Module):
         first.bias = first.bias + self.embed(y)[..., 0, 0]
         blocks = [block.init_cache(*size) for block in self.blocks]
         last = conv1.cache(*size, before=norm if isinstance(norm, ChannelNorm) else None), conv2.cache(*size)
+        pixel = first.bias.new_ones(len(y), self.first.weight.shape[1])
         return {
+            "pixel": pixel,
+            "scaled": pixel[:, :-1],
             "first": first,
             "blocks": blocks,
             "last": last,
@@ -98,7 +101,8 @@ class PixelCNN(nn.Module):
             for rows in cache["rows"]:
                 rows.reset()
         else:
-            first.put(scale(previous, self.levels, like=first.bias), (column - 1) % self.image_size[1])
+            cache["scaled"].copy_(previous).mul_(2 / (self.levels - 1)).sub_(1)  # `scale`, in place
+            first.put(cache["pixel"], (column - 1) % self.image_size[1])
         if j == 0 and i > 0:
             for rows in cache["rows"]:
                 rows.new_row()
