@@ -84,6 +84,8 @@ class RowCache:
     ) -> None:
         _, channels, rows, k = weight.shape
         if after is not None:
+            assert after.running_mean is not None
+            assert after.running_var is not None
             scale = after.weight / (after.running_var + after.eps).sqrt()
             weight, bias = weight * scale[:, None, None, None], (bias - after.running_mean) * scale + after.bias
         taps = weight.permute(3, 2, 1, 0)  # [k,rows,in,out]

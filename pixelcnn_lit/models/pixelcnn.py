@@ -32,6 +32,9 @@ class PixelCNN(nn.Module):
         dropout: rate inside each block of `norm=layer`.
     """
 
+    blocks: Any
+    last: Any
+
     def __init__(
         self,
         image_shape: tuple[int, int, int],
