@@ -40,8 +40,8 @@ def main(
     density = DensityModel(**settings, **facts, dataset={}).to(device)
     x = torch.randint(levels, (batch_size, *image_shape), dtype=torch.uint8, device=device)
     y = torch.arange(batch_size, device=device) % 10
-    training = training_rows(density, x, y, medians(training_steps(density, x, y, compile), rounds))
     sampling = sampling_rows(density, x, y, rounds)
+    training = training_rows(density, x, y, medians(training_steps(density, x, y, compile), rounds))
     head = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     head |= {"parameters": sum(p.numel() for p in density.parameters()), "batch_size": batch_size}
     result = {**head, "image_shape": list(image_shape), "training": training, "sampling": sampling}
@@ -117,13 +117,13 @@ def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> d
     net, shape = density.net, tuple(x.shape)
     target = Conditioned(net, density.likelihood, y, density.num_classes)
     u = torch.rand(shape, dtype=torch.float64, device=target.noise_device)
-    evaluations = []
+    evaluations, pixels = [], min(NAIVE_PIXELS, shape[2] * shape[3])
 
     def pick(logits: Tensor, c: int, i: Any = slice(None), j: Any = slice(None)) -> Tensor:
         return inverse_cdf(logits, u[:, c, i, j])
 
     def naive() -> None:
-        for p in range(NAIVE_PIXELS):
+        for p in range(pixels):
             i, j = divmod(p, shape[3])
             features = net(x, y)[:, :, i, j]
             for c in range(shape[1]):
@@ -135,7 +135,7 @@ def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> d
     timed["fixed_point"] = lambda: evaluations.append(fixed_point(target, pick, torch.zeros_like(x)))
     with evaluating(net, density.likelihood):
         seconds = medians(timed, rounds)
-    seconds["naive"] *= shape[2] * shape[3] / NAIVE_PIXELS
+    seconds["naive"] *= shape[2] * shape[3] / pixels
     rows = {
         f"sampling, {name}": {
             "images/s": len(x) / seconds[name],

@@ -18,6 +18,7 @@ from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel, bits
 from pixelcnn_lit.pictures import grid, save
+from pixelcnn_lit.samplers import refuse_steering
 
 
 class SampleGrid(Callback):
@@ -37,6 +38,8 @@ class SampleGrid(Callback):
         self.sampler, self.every_n_epochs = dict(sampler), every_n_epochs
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        steering = {key: self.sampler[key] for key in ("guidance_scale", "mix_with") if key in self.sampler}
+        refuse_steering(pl_module.num_classes, pl_module.known_classes, **steering)
         if not trainer.is_global_zero:
             return
         n = self.sampler.get("n_per_class", 1)

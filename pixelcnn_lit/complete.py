@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from pixelcnn_lit.build import Range
+from pixelcnn_lit.build import Range, inspect_config
 from pixelcnn_lit.checkpoints import write_text
 from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.images import quantise
@@ -30,26 +30,37 @@ def main(
     sampler: dict[str, Any],
 ) -> None:
     model = load(ckpt)
+    inspect_config("sampler", sampler, Tensor, DensityModel.DRAW_FACTS)
     if image:
         x, y = read_image(image, model), known_class(label, model)
     else:
         x, y = test_images(ckpt, model, dataset, n_images)
     known = read_mask(keep_mask, model) if keep_mask else half(keep, model.image_shape)
+    if not 0 < int(known.sum()) < known.numel():
+        raise UserError(
+            f"{int(known.sum())} of {known.numel()} pixels are kept: nothing to complete; type another keep"
+        )
     model, n = model.to(best_device()), sampler.get("n_per_class", 1)
     repeated = x.repeat_interleave(n, 0).to(model.device)
     drawn = model.draw(sampler, y, image=repeated, known=known.to(model.device), progress=True)
 
     directory = run_dir()
-    rows = torch.cat([x[:, None], (x * known)[:, None], drawn.cpu().unflatten(0, (len(x), n))], dim=1)
+    rows = torch.cat(
+        [x[:, None], torch.where(known, x, model.levels // 2)[:, None], drawn.cpu().unflatten(0, (len(x), n))], dim=1
+    )
     save(grid(rows.flatten(0, 1), model.levels, n + 2), directory / "completions.png")
     result: dict[str, Any] = {"checkpoint": ckpt, "images": len(x), "known": int(known.sum()), "labels": y}
     if is_beginning(known):
         labels = torch.tensor(y, device=model.device)
-        result["bpd of the images' own rest"] = conditional_bpd(model, x.to(model.device), labels, known)
-        result["bpd of the completions"] = conditional_bpd(model, drawn, labels.repeat_interleave(n), known)
+        scores = {
+            "bpd of the images' own rest": conditional_bpd(model, x.to(model.device), labels, known),
+            "bpd of the completions": conditional_bpd(model, drawn, labels.repeat_interleave(n), known),
+        }
+        print(*(f"{name}, given what is kept: {value:.4f}" for name, value in scores.items()), sep="\n")
+        result |= scores
+    else:
+        print("not the conditional: kept pixels stand behind drawn ones")
     write_text(directory / "completions.json", json.dumps(result, indent=2))
-    for name, value in list(result.items())[4:] or [("not the conditional: kept pixels stand behind drawn ones", None)]:
-        print(name if value is None else f"{name}, given what is kept: {value:.4f}")
     print(f"image, what is kept, {n} completions a row: {shown(directory / 'completions.png')}")
 
 
@@ -72,7 +83,7 @@ def is_beginning(known: Tensor) -> bool:
 def conditional_bpd(model: DensityModel, x: Tensor, y: Tensor, known: Tensor) -> float:
     """Bits per dimension of the pixels that are not known, given those that are, the mean over the images."""
     nats = -model.likelihood.log_prob(model.net(x, y), x)[:, :, ~known]
-    return bits(float(nats.double().mean()))
+    return bits(float(nats.cpu().double().mean()))
 
 
 def test_images(ckpt: str, model: DensityModel, dataset: dict[str, Any], n: int) -> tuple[Tensor, list[int]]:

@@ -1,8 +1,8 @@
 """Sampling as a function of noise: three ways to one answer, and all that steers it.
 
-Image n is a function of (seed, n) and of the model: u ~ U[0,1)^[C,H,W], and each value is the inverse of the cumulative
-distribution at its u. So the same seed gives the same image, whatever the method, the batch or the device (up to
-rounding, which can move a draw that lies on a boundary).
+Image n of a request is a function of (seed, n) and of the model: u ~ U[0,1)^[C,H,W], and each value is the inverse of
+the cumulative distribution at its u. So the same request gives the same images, whatever the method, the batch or the
+device (up to rounding, which can move a draw that lies on a boundary).
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pixelcnn_lit.build import Range
+from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.noise import uniform
 
 Pick = Callable[[Tensor, int, int, int], Tensor]
@@ -42,8 +43,6 @@ class Conditioned:
         mix_with: int | None = None,
         mix_weight: float = 0.5,
     ) -> None:
-        if guidance_scale != 1 and mix_with is not None:
-            raise ValueError("guidance_scale and mix_with exclude each other; type one")
         self.net, self.likelihood, self.scale, self.weight = net, likelihood, guidance_scale, mix_weight
         other = no_class if guidance_scale != 1 else mix_with
         self.twice = other is not None
@@ -102,17 +101,18 @@ def _evaluator(target: Conditioned, canvas: Tensor) -> Callable[[Tensor, int, in
 def _stepper(target: Conditioned) -> Callable[[Tensor, int, int], Tensor]:
     net: Any = target.net
     cache = net.init_cache(target.y)
-    step = _replayed(net, cache) if target.y.is_cuda else partial(net.step, cache)
+    replayed = target.y.is_cuda and getattr(net, "replayable", False)
+    step = _replayed(net, cache, target.y.device) if replayed else partial(net.step, cache)
     return lambda previous, i, j: step(target.rows(previous), i, j)
 
 
-def _replayed(net: Any, cache: dict[str, Any]) -> Callable[[Tensor, int, int], Tensor]:
+def _replayed(net: Any, cache: dict[str, Any], device: torch.device) -> Callable[[Tensor, int, int], Tensor]:
     """`net.step` as a CUDA graph, recorded at the second pixel of a row and replayed at all but the first of each.
 
-    The position is on the device, so nothing waits for the host. A step repeated at its pixel writes the same again,
-    so that it may be warmed up.
+    For networks that are `replayable`: i and j only tell them whether a row begins, the column is cache["column"], on
+    the device, so nothing waits for the host. A step repeated at its pixel writes the same, so it can be warmed up.
     """
-    column = cache["column"] = torch.zeros(1, dtype=torch.int64, device="cuda")
+    column = cache["column"] = torch.zeros(1, dtype=torch.int64, device=device)
     graph, held = torch.cuda.CUDAGraph(), {}
 
     def step(previous: Tensor, i: int, j: int) -> Tensor:
@@ -126,7 +126,7 @@ def _replayed(net: Any, cache: dict[str, Any]) -> Callable[[Tensor, int, int], T
             with torch.cuda.stream(side):
                 net.step(cache, held["previous"], i, j)
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders pin memory meanwhile
                 held["features"] = net.step(cache, held["previous"], i, j)
         held["previous"].copy_(previous)
         graph.replay()
@@ -169,9 +169,10 @@ def sharpened(logits: Tensor, temperature: float, top_k: int | None, top_p: floa
     if temperature != 1:
         logits = logits / temperature
     if top_k is not None and top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -math.inf)
+        kept = logits.topk(top_k, dim=1).indices
+        logits = torch.full_like(logits, -math.inf).scatter(1, kept, logits.gather(1, kept))
     if top_p < 1:
-        ordered, order = logits.sort(dim=1, descending=True)
+        ordered, order = logits.sort(dim=1, descending=True, stable=True)
         p = ordered.softmax(1)
         beyond = p.cumsum(1) - p >= top_p  # the mass before it is enough; the first always stays
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -math.inf)
@@ -192,7 +193,7 @@ def draw(
     temperature: Annotated[float, Range(0.001)] = 1.0,
     top_k: Annotated[int | None, Range(1)] = None,
     top_p: Annotated[float, Range(0.001, 1)] = 1.0,
-    guidance_scale: Annotated[float, Range(0)] = 1.0,
+    guidance_scale: Annotated[float, Range(0, 100)] = 1.0,
     mix_with: Annotated[int | None, Range(0)] = None,
     mix_weight: Annotated[float, Range(0.001, 0.999)] = 0.5,
     image: Tensor | None = None,
@@ -210,8 +211,7 @@ def draw(
         image, known: uint8 [B,C,H,W], whose pixels are kept where bool [H,W] is true.
         watch: see `walk`; not called under "fixed_point".
     """
-    _refuse_unknown(known_classes, guidance_scale != 1, num_classes, "guidance_scale", guidance_scale)
-    _refuse_unknown(known_classes, mix_with is not None, mix_with, "mix_with", mix_with)
+    refuse_steering(num_classes, known_classes, guidance_scale, mix_with)
     y = y.repeat_interleave(n_per_class)
     target = Conditioned(net, likelihood, y, num_classes, guidance_scale, mix_with, mix_weight)
     u = torch.stack([uniform(seed, n, tuple(image_shape)) for n in range(len(y))]).to(target.noise_device)
@@ -228,11 +228,19 @@ def draw(
         return walk(target, pick, canvas, stepwise=method == "cached", watch=watch, progress=progress)
 
 
-def _refuse_unknown(known_classes: list[int], wanted: bool, label: int | None, key: str, value: Any) -> None:
-    if wanted and label not in known_classes:
-        trained = ", ".join(map(str, known_classes))
-        hint = "; train with label_dropout=0.1 for guidance" if key == "guidance_scale" else ""
-        raise ValueError(f"{key}={value}: this model was trained on the classes {trained}{hint}")
+def refuse_steering(
+    num_classes: int, known_classes: list[int], guidance_scale: float = 1.0, mix_with: int | None = None
+) -> None:
+    """Raise UserError where a model cannot be steered so."""
+    if guidance_scale != 1 and (num_classes not in known_classes or len(known_classes) == 1):
+        raise UserError(
+            f"sampler.guidance_scale={guidance_scale}: wants a model that was trained with and without its class; "
+            "train with label_dropout=0.1"
+        )
+    if mix_with is not None and mix_with not in known_classes:
+        raise UserError(f"sampler.mix_with={mix_with}: this model was trained on {', '.join(map(str, known_classes))}")
+    if guidance_scale != 1 and mix_with is not None:
+        raise UserError("sampler.guidance_scale and sampler.mix_with exclude each other; type one")
 
 
 @contextmanager

@@ -112,9 +112,9 @@ def train(
     fitter.test(best, data, verbose=False)
     if fitter.is_global_zero:
         result = summary(fitter, kept.best_model_path, best, data, stopwatch) | {"overrides": overrides}
-        grids = [callback.draw(fitter, best) for callback in extras if isinstance(callback, SampleGrid)]
         result["seconds"] = stopwatch.all_seconds
         write_text(directory / "result.json", json.dumps(result, indent=2))
+        grids = [callback.draw(fitter, best) for callback in extras if isinstance(callback, SampleGrid)]
         print(closing_lines(result, directory, grids))
 
 

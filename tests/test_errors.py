@@ -112,6 +112,8 @@ TYPOS = [
     ("+trainer.logger=false", "trainer.logger: is set by the program"),
     ("+trainer.enable_model_summary=true", "trainer.enable_model_summary: is set by the program"),
     ("+trainer.fast_dev_run=true", "type trainer.max_steps=1"),
+    ("sampler.guidance_scale=2", "train with label_dropout=0.1"),
+    ("sampler.mix_with=77", "sampler.mix_with=77: this model was trained on 0, 1, 2"),
     ("trainer.limit_test_batches=0", "trainer.limit_test_batches=0: every run is validated and tested"),
     ("trainer.val_check_interval=0", "trainer"),
     ("trainer.val_check_interval=100", "val_check_interval"),

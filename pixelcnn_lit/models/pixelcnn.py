@@ -32,6 +32,7 @@ class PixelCNN(nn.Module):
         dropout: rate inside each block of `norm=layer`.
     """
 
+    replayable = True  # as a CUDA graph: see `step`
     blocks: Any
     last: Any
 
