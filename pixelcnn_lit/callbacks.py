@@ -18,6 +18,7 @@ from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel, bits
 from pixelcnn_lit.pictures import grid, save
+from pixelcnn_lit.runs import last_checkpoint
 from pixelcnn_lit.samplers import refuse_steering
 
 
@@ -143,7 +144,7 @@ class FiniteGuard(Callback):
         if step < 0:
             return
         rate = trainer.optimizers[0].param_groups[0]["lr"]
-        good = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
+        good = last_checkpoint(Path(trainer.default_root_dir))
         kept = f"the last good checkpoint is {shown(good)}" if good.is_file() else "no checkpoint was written before"
         raise UserError(
             f"{what} is not finite at epoch {trainer.current_epoch + 1}, step {step}, learning rate {rate:g}; {kept}; "

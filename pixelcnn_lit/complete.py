@@ -16,6 +16,7 @@ from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel, bits, load, require_same
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.pictures import grid, read_png, save
+from pixelcnn_lit.samplers import require_known
 
 
 @command("complete")
@@ -115,9 +116,9 @@ def read_mask(path: str, model: DensityModel) -> Tensor:
 def known_class(label: int | None, model: DensityModel) -> list[int]:
     if label is None and len(model.classes) > 1:
         raise UserError("label is missing; type label=0 or another class of the image")
-    if label is not None and label not in model.known_classes:
-        raise UserError(f"label={label}: this model was trained on {', '.join(map(str, model.known_classes))}")
-    return [model.classes[0] if label is None else label]
+    asked = [model.classes[0] if label is None else label]
+    require_known(f"label={label}", asked, model.known_classes)
+    return asked
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from pixelcnn_lit.command import command, run_dir, shown
-from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import load
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.pictures import animate, grid, save
+from pixelcnn_lit.samplers import require_known
 
 FRAMES = 60
 
@@ -22,8 +22,7 @@ FRAMES = 60
 def main(ckpt: str, classes: list[int] | None, sampler: dict[str, Any], gif: bool) -> None:
     model = load(ckpt).to(best_device())
     asked = model.classes if classes is None else classes
-    if not asked or set(asked) - set(model.known_classes):
-        raise UserError(f"classes={asked}: this model was trained on {', '.join(map(str, model.known_classes))}")
+    require_known(f"classes={asked}", asked, model.known_classes)
     directory, n, filling = run_dir(), sampler.get("n_per_class", 1), []
     every = -(-math.prod(model.image_shape[1:]) // FRAMES)
 

@@ -237,10 +237,16 @@ def refuse_steering(
             f"sampler.guidance_scale={guidance_scale}: wants a model that was trained with and without its class; "
             "train with label_dropout=0.1"
         )
-    if mix_with is not None and mix_with not in known_classes:
-        raise UserError(f"sampler.mix_with={mix_with}: this model was trained on {', '.join(map(str, known_classes))}")
+    if mix_with is not None:
+        require_known(f"sampler.mix_with={mix_with}", [mix_with], known_classes)
     if guidance_scale != 1 and mix_with is not None:
         raise UserError("sampler.guidance_scale and sampler.mix_with exclude each other; type one")
+
+
+def require_known(setting: str, labels: list[int], known_classes: list[int]) -> None:
+    """Raise UserError unless a `setting` asks for classes that the model was trained on."""
+    if not labels or not set(labels) <= set(known_classes):
+        raise UserError(f"{setting}: this model was trained on {', '.join(map(str, known_classes))}")
 
 
 @contextmanager
