@@ -16,7 +16,7 @@ from pixelcnn_lit.checkpoints import write_text
 from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import best_device
-from pixelcnn_lit.samplers import Conditioned, evaluating, fixed_point, inverse_cdf, walk
+from pixelcnn_lit.samplers import Conditioned, evaluating, fixed_point, picker, walk
 
 NAIVE_PIXELS = 8  # each costs the same, so a few tell of all
 Timed = dict[str, Callable[[], Any]]
@@ -89,9 +89,10 @@ def _dense_convolution(density: DensityModel, x: Tensor, dtype: torch.dtype) -> 
     """Forward and backward of one unmasked 3×3 convolution, channels last."""
     width = density.hparams["model"]["hidden_channels"]
     size, weight = (len(x), width, *x.shape[2:]), (width, width, 3, 3)
-    a, w = (torch.randn(s, device=x.device, dtype=dtype) for s in (size, weight))
-    a, w = (t.to(memory_format=torch.channels_last).requires_grad_() for t in (a, w))
-    return lambda: F.conv2d(a, w, padding=1).sum().backward()
+    a, w, gradient = (torch.randn(s, device=x.device, dtype=dtype) for s in (size, weight, size))
+    a, w, gradient = (t.to(memory_format=torch.channels_last) for t in (a, w, gradient))
+    a.requires_grad_(), w.requires_grad_()
+    return lambda: F.conv2d(a, w, padding=1).backward(gradient)
 
 
 def training_rows(density: DensityModel, x: Tensor, y: Tensor, seconds: dict[str, float]) -> dict[str, Any]:
@@ -113,39 +114,31 @@ def training_rows(density: DensityModel, x: Tensor, y: Tensor, seconds: dict[str
 
 @torch.no_grad()
 def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
-    """Each sampler beside one forward pass over the same batch."""
-    net, shape = density.net, tuple(x.shape)
+    """Each sampler beside one forward pass over the same batch. An evaluation is one of the whole image or a step."""
+    net, canvas, pixels = density.net, torch.zeros_like(x), x.shape[2] * x.shape[3]
     target = Conditioned(net, density.likelihood, y, density.num_classes)
-    u = torch.rand(shape, dtype=torch.float64, device=target.noise_device)
-    evaluations, pixels = [], min(NAIVE_PIXELS, shape[2] * shape[3])
-
-    def pick(logits: Tensor, c: int, i: Any = slice(None), j: Any = slice(None)) -> Tensor:
-        return inverse_cdf(logits, u[:, c, i, j])
-
-    def naive() -> None:
-        for p in range(pixels):
-            i, j = divmod(p, shape[3])
-            features = net(x, y)[:, :, i, j]
-            for c in range(shape[1]):
-                pick(target.logits(features, x[:, :, i, j], c), c, i, j)
-
-    timed: Timed = {"one forward": lambda: net(x, y), "naive": naive}
+    pick = picker(torch.rand(x.shape, dtype=torch.float64, device=target.noise_device))
+    some = min(NAIVE_PIXELS, pixels)
+    evaluations = {"one forward": 1, "naive": pixels, "cached": pixels}
+    timed: Timed = {
+        "one forward": lambda: net(x, y),
+        "naive": lambda: walk(target, pick, canvas, stepwise=False, pixels=some),
+    }
     if hasattr(net, "step"):
-        timed["cached"] = lambda: walk(target, pick, torch.zeros_like(x))
-    timed["fixed_point"] = lambda: evaluations.append(fixed_point(target, pick, torch.zeros_like(x)))
+        timed["cached"] = lambda: walk(target, pick, canvas)
+    timed["fixed_point"] = lambda: evaluations.update(fixed_point=fixed_point(target, pick, torch.zeros_like(x)))
     with evaluating(net, density.likelihood):
         seconds = medians(timed, rounds)
-    seconds["naive"] *= shape[2] * shape[3] / pixels
-    rows = {
+    seconds["naive"] *= pixels / some
+    return {
         f"sampling, {name}": {
             "images/s": len(x) / seconds[name],
             "forward passes": seconds[name] / seconds["one forward"],
             "times naive": seconds["naive"] / seconds[name],
+            "evaluations": evaluations[name],
         }
-        for name in seconds
+        for name in timed
     }
-    rows["sampling, fixed_point"]["evaluations"] = evaluations[-1]
-    return rows
 
 
 def device_name(device: torch.device) -> str:

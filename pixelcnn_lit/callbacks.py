@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from pixelcnn_lit.build import Range, inspect_config
@@ -35,7 +36,7 @@ class SampleGrid(Callback):
     """
 
     def __init__(self, sampler: dict[str, Any], every_n_epochs: Annotated[int, Range(0)] = 10) -> None:
-        inspect_config("sampler", sampler, Tensor, DensityModel.DRAW_FACTS)  # now, not after hours of training
+        inspect_config("sampler", sampler, Tensor, ["request"])  # now, not after hours of training
         self.sampler, self.every_n_epochs = dict(sampler), every_n_epochs
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -43,20 +44,20 @@ class SampleGrid(Callback):
         refuse_steering(pl_module.num_classes, pl_module.known_classes, **steering)
         if not trainer.is_global_zero:
             return
-        n = self.sampler.get("n_per_class", 1)
         data: ImageData = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        real = first_of_each_class(data.train, pl_module.num_classes, n)
-        self._show(trainer, "real", grid(real, pl_module.levels, n))
+        real = first_of_each_class(data.train, pl_module.num_classes, self.sampler.get("n_per_class", 1))
+        self._show(trainer, "real", grid(real, pl_module.levels))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        due = due and not isinstance(trainer.strategy, FSDPStrategy)  # whose weights lie in pieces until the end
         if due and trainer.is_global_zero and not trainer.sanity_checking:
             self.draw(trainer, pl_module)
 
     def draw(self, trainer: L.Trainer, model: DensityModel) -> Path:
         """Draw with `model` on the training device; returns the PNG's path."""
         images = model.to(trainer.strategy.root_device).draw(self.sampler)
-        return self._show(trainer, "samples", grid(images, model.levels, self.sampler.get("n_per_class", 1)))
+        return self._show(trainer, "samples", grid(images, model.levels))
 
     @staticmethod
     def _show(trainer: L.Trainer, name: str, picture: Tensor) -> Path:

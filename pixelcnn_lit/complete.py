@@ -22,7 +22,7 @@ from pixelcnn_lit.samplers import require_known
 @command("complete")
 def main(
     ckpt: str,
-    keep: Literal["top_half", "bottom_half", "left_half", "right_half"],
+    keep: Literal["top_half", "bottom_half", "left_half", "right_half"] | None,
     keep_mask: str | None,
     image: str | None,
     label: int | None,
@@ -31,38 +31,38 @@ def main(
     sampler: dict[str, Any],
 ) -> None:
     model = load(ckpt)
-    inspect_config("sampler", sampler, Tensor, DensityModel.DRAW_FACTS)
+    inspect_config("sampler", sampler, Tensor, ["request"])
+    if keep and keep_mask:
+        raise UserError("keep and keep_mask exclude each other; type one")
+    if label is not None and not image:
+        raise UserError(f"label={label}: is the class of image=FILE.png; test images bring their own")
     if image:
         x, y = read_image(image, model), known_class(label, model)
     else:
         x, y = test_images(ckpt, model, dataset, n_images)
-    known = read_mask(keep_mask, model) if keep_mask else half(keep, model.image_shape)
+    known = read_mask(keep_mask, model) if keep_mask else half(keep or "top_half", model.image_shape)
     if not 0 < int(known.sum()) < known.numel():
         raise UserError(
             f"{int(known.sum())} of {known.numel()} pixels are kept: nothing to complete; type another keep"
         )
-    model, n = model.to(best_device()), sampler.get("n_per_class", 1)
-    repeated = x.repeat_interleave(n, 0).to(model.device)
-    drawn = model.draw(sampler, y, image=repeated, known=known.to(model.device), progress=True)
+    model = model.to(best_device())
+    drawn = model.draw(sampler, y, image=x.to(model.device), known=known.to(model.device), progress=True).cpu()
 
     directory = run_dir()
-    rows = torch.cat(
-        [x[:, None], torch.where(known, x, model.levels // 2)[:, None], drawn.cpu().unflatten(0, (len(x), n))], dim=1
-    )
-    save(grid(rows.flatten(0, 1), model.levels, n + 2), directory / "completions.png")
+    rows = torch.cat([x[:, None], torch.where(known, x, model.levels // 2)[:, None], drawn], dim=1)
+    save(grid(rows, model.levels), directory / "completions.png")
     result: dict[str, Any] = {"checkpoint": ckpt, "images": len(x), "known": int(known.sum()), "labels": y}
     if is_beginning(known):
-        labels = torch.tensor(y, device=model.device)
         scores = {
-            "bpd of the images' own rest": conditional_bpd(model, x.to(model.device), labels, known),
-            "bpd of the completions": conditional_bpd(model, drawn, labels.repeat_interleave(n), known),
+            "bpd of the images' own rest": conditional_bpd(model, x[:, None], y, known),
+            "bpd of the completions": conditional_bpd(model, drawn, y, known),
         }
-        print(*(f"{name}, given what is kept: {value:.4f}" for name, value in scores.items()), sep="\n")
+        print(*(f"{name} under the model, given what is kept: {value:.4f}" for name, value in scores.items()), sep="\n")
         result |= scores
     else:
         print("not the conditional: kept pixels stand behind drawn ones")
     write_text(directory / "completions.json", json.dumps(result, indent=2))
-    print(f"image, what is kept, {n} completions a row: {shown(directory / 'completions.png')}")
+    print(f"image, what is kept, {drawn.shape[1]} completions a row: {shown(directory / 'completions.png')}")
 
 
 def half(keep: str, image_shape: tuple[int, ...]) -> Tensor:
@@ -81,10 +81,13 @@ def is_beginning(known: Tensor) -> bool:
 
 
 @torch.no_grad()
-def conditional_bpd(model: DensityModel, x: Tensor, y: Tensor, known: Tensor) -> float:
-    """Bits per dimension of the pixels that are not known, given those that are, the mean over the images."""
-    nats = -model.likelihood.log_prob(model.net(x, y), x)[:, :, ~known]
-    return bits(float(nats.cpu().double().mean()))
+def conditional_bpd(model: DensityModel, x: Tensor, y: list[int], known: Tensor) -> float:
+    """Bits per dimension of the pixels of x [K,n,C,H,W] that are not known, given those that are and the classes."""
+    nats = []
+    for images, label in zip(x.to(model.device), y, strict=True):
+        features = model.net(images, torch.full((len(images),), label, device=model.device))
+        nats.append(-model.likelihood.log_prob(features, images)[..., ~known].cpu().double().mean())
+    return bits(float(torch.stack(nats).mean()))
 
 
 def test_images(ckpt: str, model: DensityModel, dataset: dict[str, Any], n: int) -> tuple[Tensor, list[int]]:

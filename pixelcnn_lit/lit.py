@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from pixelcnn_lit.build import Range, build, resolve
 from pixelcnn_lit.checkpoints import read_checkpoint
 from pixelcnn_lit.errors import UserError, first_line
+from pixelcnn_lit.samplers import Request
 
 # What is scored or sampled in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32).
 torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
@@ -194,27 +195,11 @@ class DensityModel(L.LightningModule):
             raise UserError("this scheduler must know where the run ends; type trainer.max_epochs or trainer.max_steps")
         return int(steps)
 
-    DRAW_FACTS = (
-        "net",
-        "likelihood",
-        "y",
-        "image_shape",
-        "num_classes",
-        "known_classes",
-        "image",
-        "known",
-        "watch",
-        "progress",
-    )
-
     def draw(self, sampler: dict[str, Any], classes: list[int] | None = None, **own: Any) -> Tensor:
-        """Images of each class in turn, `sampler["n_per_class"]` of each: uint8 [B,C,H,W] on this device.
-
-        `own`: image, known, watch and progress of `samplers.draw`.
-        """
+        """`sampler["n_per_class"]` images of each class, uint8 [K,n,C,H,W] on this device; `own`: as in `Request`."""
         y = torch.tensor(self.classes if classes is None else classes, device=self.device)
-        facts = (self.net, self.likelihood, y, self.image_shape, self.num_classes, self.known_classes)
-        return build("sampler", sampler, Tensor, **dict(zip(self.DRAW_FACTS, facts, strict=False)), **own)
+        facts = self.net, self.likelihood, y, self.image_shape, self.num_classes, self.known_classes
+        return build("sampler", sampler, Tensor, request=Request(*facts, **own))
 
 
 def load(path: str) -> DensityModel:
@@ -233,6 +218,8 @@ def load(path: str) -> DensityModel:
         raise
     except Exception as error:  # whatever a stranger's values lead to
         raise UserError(f"ckpt={path}: not a checkpoint of this program ({first_line(error)})") from error
+    if not all(bool(values.isfinite().all()) for values in model.state_dict().values()):
+        raise UserError(f"ckpt={path}: some of its weights are not finite; type another ckpt")
     return model.eval()
 
 

@@ -1,10 +1,10 @@
-"""The randomness of an image, as a function of a seed and the image's number alone."""
+"""The randomness of an image, as a function of a few numbers alone."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def uniform(seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
-    """Uniform float64 noise of image `number`: the same on every device and in every batch."""
-    return torch.from_numpy(np.random.default_rng([seed, number]).random(shape))
+def uniform(key: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """Uniform float64 noise of the image that `key`, numbers >= 0, names: the same on every device, in every batch."""
+    return torch.from_numpy(np.random.default_rng(key).random(shape))

@@ -15,22 +15,24 @@ GREY, COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P")  # Pillow's modes of 8 bit
 
 def read_png(file: Path) -> Tensor:
     """uint8 [C,H,W]: one channel of grey files, with or without transparency, three of colour. Raises UserError."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
     try:
         with Image.open(file) as image:
             if image.mode not in GREY + COLOUR:
                 raise UserError(f"{file}: pixels of mode {image.mode}; save it with 8 bits a channel")
             pixels = np.asarray(image.convert("L" if image.mode in GREY else "RGB")).copy()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise UserError(f"{file}: not a readable PNG; replace or delete it") from error
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
-def grid(images: Tensor, levels: int, per_row: int, min_side: int = 32) -> Tensor:
-    """uint8 [N,C,H,W] of so many levels to one RGB picture uint8 [3,H',W'], small images enlarged whole pixels."""
-    shown = (images.cpu().float() * (255 / (levels - 1))).round().to(torch.uint8)
+def grid(rows: Tensor, levels: int, min_side: int = 32) -> Tensor:
+    """uint8 [rows,columns,C,H,W] of so many levels to an RGB picture uint8 [3,H',W'], small images enlarged."""
+    shown = (rows.flatten(0, 1).cpu().float() * (255 / (levels - 1))).round().to(torch.uint8)
     factor = -(-min_side // min(shown.shape[-2:]))
     shown = shown.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    return make_grid(shown, nrow=per_row, padding=2, pad_value=128)
+    return make_grid(shown, nrow=rows.shape[1], padding=2, pad_value=128)
 
 
 def save(picture: Tensor, path: Path) -> None:

@@ -1,13 +1,15 @@
 """Sampling as a function of noise: three ways to one answer, and all that steers it.
 
-Image n of a request is a function of (seed, n) and of the model: u ~ U[0,1)^[C,H,W], and each value is the inverse of
+Image n of class y is a function of (seed, y, n) and of the model: u ~ U[0,1)^[C,H,W], and each value is the inverse of
 the cumulative distribution at its u. So the same request gives the same images, whatever the method, the batch or the
-device (up to rounding, which can move a draw that lies on a boundary).
+device (up to rounding, which can move a draw that lies on a boundary), and whatever else is asked for.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -19,8 +21,8 @@ from pixelcnn_lit.build import Range
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.noise import uniform
 
-Pick = Callable[[Tensor, int, int, int], Tensor]
-Watch = Callable[[Tensor, int], None]
+Pick = Callable[..., Tensor]
+Watch = Callable[[], None]
 
 
 class Conditioned:
@@ -72,25 +74,24 @@ def walk(
     *,
     stepwise: bool = True,
     watch: Watch | None = None,
-    progress: bool = False,
+    pixels: int | None = None,
 ) -> Tensor:
-    """Go through the pixels in raster order and fill `canvas` uint8 [B,C,H,W] in place.
+    """Go through the pixels in raster order, or the first so many, and fill `canvas` uint8 [B,C,H,W] in place.
 
-    `pick(logits [B,V], c, i, j)` returns the level, int64 [B], of channel c at row i, column j. The network, in eval
-    mode, runs once a pixel: on the pixel alone where it can step, else on the whole image. `watch(canvas, p)` is
-    called after each pixel.
+    `pick(logits [B,V], c, i, j)` returns the level [B] of channel c at row i, column j. The network, in eval mode,
+    runs once a pixel: on the pixel alone where `stepwise`, else on the whole image. `watch()` is called after each.
     """
     _, channels, height, width = canvas.shape
     features_at = _stepper(target) if stepwise else _evaluator(target, canvas)
     previous = canvas[:, :, 0, 0]
-    for p in tqdm(range(height * width), unit=" pixels", disable=not progress, leave=False):
+    for p in range(pixels or height * width):
         i, j = divmod(p, width)
         features, pixel = features_at(previous, i, j), canvas[:, :, i, j]
         for c in range(channels):
             pixel[:, c] = pick(target.logits(features, pixel, c), c, i, j)
         previous = pixel
         if watch:
-            watch(canvas, p)
+            watch()
     return canvas
 
 
@@ -136,20 +137,45 @@ def _replayed(net: Any, cache: dict[str, Any], device: torch.device) -> Callable
 
 
 @torch.no_grad()
-def fixed_point(target: Conditioned, pick_all: Callable[[Tensor, int], Tensor], canvas: Tensor) -> int:
+def fixed_point(target: Conditioned, pick: Pick, canvas: Tensor, watch: Watch | None = None) -> int:
     """Fill `canvas` by Jacobi iteration: all pixels at once from the image so far, until none changes.
 
-    `pick_all(logits [B,V,H,W], c)` returns levels [B,H,W]. Exact: after n iterations the first n pixels are final
+    `pick(logits [B,V,H,W], c)` returns levels [B,H,W]. Exact: after n iterations the first n pixels are final
     (Song et al. 2021, Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving, algorithm 1).
     Returns the number of evaluations; more than H W + 1 would mean that the network sees the future.
     """
     for n in range(canvas.shape[2] * canvas.shape[3] + 1):
         before, features = canvas.clone(), target.net(target.rows(canvas), target.y)
         for c in range(canvas.shape[1]):
-            canvas[:, c] = pick_all(target.logits(features, canvas, c), c)
+            canvas[:, c] = pick(target.logits(features, canvas, c), c)
         if torch.equal(before, canvas):
             return n + 1
+        if watch:
+            watch()
     raise AssertionError("no fixed point: the network is not causal")
+
+
+def picker(
+    u: Tensor,
+    image: Tensor | None = None,
+    known: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+) -> Pick:
+    """What fills in a pixel or all of them: draws at the noise u float64 [B,C,H,W], but `image` where it is `known`."""
+    noise = u.permute(2, 3, 1, 0).contiguous()  # a pixel's lie beside each other
+
+    def pick(logits: Tensor, c: int, i: int | None = None, j: int | None = None) -> Tensor:
+        at = u[:, c] if i is None else noise[i, j, c]
+        drawn = inverse_cdf(sharpened(logits, temperature, top_k, top_p), at)
+        if image is None or known is None:
+            return drawn
+        kept, here = (image[:, c], known) if i is None else (image[:, c, i, j], known[i, j])
+        return torch.where(here, kept, drawn.to(image))
+
+    return pick
 
 
 def inverse_cdf(logits: Tensor, u: Tensor) -> Tensor:
@@ -179,13 +205,33 @@ def sharpened(logits: Tensor, temperature: float, top_k: int | None, top_p: floa
     return logits
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a sampler is asked for, beside its own settings.
+
+    Args:
+        net, likelihood, image_shape, num_classes: the model.
+        known_classes: those it was trained on, of 0..num_classes, where `num_classes` means "no class".
+        y: the classes to draw, int64 [K].
+        image, known: uint8 [K,C,H,W], whose pixels are kept where bool [H,W] is true.
+        watch: called after each pixel or evaluation with the images so far, uint8 [K,n_per_class,C,H,W].
+        progress: whether to show a bar on a terminal.
+    """
+
+    net: nn.Module
+    likelihood: Any
+    y: Tensor
+    image_shape: tuple[int, ...]
+    num_classes: int
+    known_classes: list[int]
+    image: Tensor | None = None
+    known: Tensor | None = None
+    watch: Callable[[Tensor], None] | None = None
+    progress: bool = False
+
+
 def draw(
-    net: nn.Module,
-    likelihood: Any,
-    y: Tensor,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
-    known_classes: list[int],
+    request: Request,
     *,
     method: Literal["naive", "cached", "fixed_point"] = "cached",
     n_per_class: Annotated[int, Range(1)] = 1,
@@ -196,36 +242,56 @@ def draw(
     guidance_scale: Annotated[float, Range(0, 100)] = 1.0,
     mix_with: Annotated[int | None, Range(0)] = None,
     mix_weight: Annotated[float, Range(0.001, 0.999)] = 0.5,
-    image: Tensor | None = None,
-    known: Tensor | None = None,
-    watch: Watch | None = None,
-    progress: bool = False,
+    batch_size: Annotated[int, Range(1)] = 256,
 ) -> Tensor:
-    """`n_per_class` images of each class in y int64 [K] in turn: uint8 [B=K*n_per_class,C,H,W].
+    """Images of each class asked for: uint8 [K,n_per_class,C,H,W].
 
     Args:
-        known_classes: those the model was trained on, of 0..num_classes, where `num_classes` means "no class".
         method: "naive" evaluates the network on the whole image once a pixel; "cached" on the pixel alone, where the
             network can step, else as "fixed_point"; "fixed_point" on the whole image until nothing changes.
         temperature, top_k, top_p: see `sharpened`. guidance_scale, mix_with, mix_weight: see `Conditioned`.
-        image, known: uint8 [B,C,H,W], whose pixels are kept where bool [H,W] is true.
-        watch: see `walk`; not called under "fixed_point".
+        batch_size: images at a time, which changes nothing but time and memory.
     """
-    refuse_steering(num_classes, known_classes, guidance_scale, mix_with)
-    y = y.repeat_interleave(n_per_class)
-    target = Conditioned(net, likelihood, y, num_classes, guidance_scale, mix_with, mix_weight)
-    u = torch.stack([uniform(seed, n, tuple(image_shape)) for n in range(len(y))]).to(target.noise_device)
-    canvas = torch.zeros(len(y), *image_shape, dtype=torch.uint8, device=y.device)
+    refuse_steering(request.num_classes, request.known_classes, guidance_scale, mix_with)
+    net, likelihood = request.net, request.likelihood
+    if method == "cached" and not hasattr(net, "step"):
+        method = "fixed_point"
+    y, u = request.y.repeat_interleave(n_per_class), _noise(request, n_per_class, seed)
+    canvas = torch.zeros(u.shape, dtype=torch.uint8, device=y.device)
+    images = canvas.unflatten(0, (-1, n_per_class))
+    with evaluating(net, likelihood), torch.autocast(y.device.type, enabled=False), _bar(canvas, request) as bar:
+        for first in range(0, len(y), batch_size):
+            part = slice(first, first + batch_size)
+            target = Conditioned(net, likelihood, y[part], request.num_classes, guidance_scale, mix_with, mix_weight)
+            kept = None if request.image is None else request.image.repeat_interleave(n_per_class, 0)[part]
+            noise = u[part].to(target.noise_device)
+            pick = picker(noise, kept, request.known, temperature=temperature, top_k=top_k, top_p=top_p)
+            watch = partial(_watched, bar, len(noise), request.watch, images)
+            if method == "fixed_point":
+                fixed_point(target, pick, canvas[part], watch)
+            else:
+                walk(target, pick, canvas[part], stepwise=method == "cached", watch=watch)
+    return images
 
-    def pick(logits: Tensor, c: int, i: Any = slice(None), j: Any = slice(None)) -> Tensor:
-        drawn = inverse_cdf(sharpened(logits, temperature, top_k, top_p), u[:, c, i, j]).to(canvas)
-        return drawn if image is None or known is None else torch.where(known[i, j], image[:, c, i, j], drawn)
 
-    with evaluating(net, likelihood):
-        if method == "fixed_point" or (method == "cached" and not hasattr(net, "step")):
-            fixed_point(target, pick, canvas)
-            return canvas
-        return walk(target, pick, canvas, stepwise=method == "cached", watch=watch, progress=progress)
+def _noise(request: Request, n_per_class: int, seed: int) -> Tensor:
+    """float64 [K*n_per_class,C,H,W]; where a class is asked for again, its numbers go on."""
+    drawn, u = Counter[int](), []
+    for label in request.y.repeat_interleave(n_per_class).tolist():
+        u.append(uniform((seed, label, drawn[label]), request.image_shape))
+        drawn[label] += 1
+    return torch.stack(u)
+
+
+def _bar(canvas: Tensor, request: Request) -> tqdm:
+    hidden = None if request.progress else True  # None: hidden unless on a terminal
+    return tqdm(total=canvas[:, 0].numel(), unit=" pixels", unit_scale=True, disable=hidden, leave=False)
+
+
+def _watched(bar: tqdm, batch: int, watch: Callable[[Tensor], None] | None, images: Tensor) -> None:
+    bar.update(batch)  # a pixel of each; under "fixed_point", too, an iteration makes one or more of them final
+    if watch:
+        watch(images)
 
 
 def refuse_steering(
@@ -246,7 +312,8 @@ def refuse_steering(
 def require_known(setting: str, labels: list[int], known_classes: list[int]) -> None:
     """Raise UserError unless a `setting` asks for classes that the model was trained on."""
     if not labels or not set(labels) <= set(known_classes):
-        raise UserError(f"{setting}: this model was trained on {', '.join(map(str, known_classes))}")
+        known = ", ".join(map(str, known_classes))
+        raise UserError(f"{setting}: this model was trained on {known if len(known_classes) > 1 else 'no classes'}")
 
 
 @contextmanager

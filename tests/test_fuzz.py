@@ -198,3 +198,12 @@ def test_an_archive_that_would_unpack_to_any_size_is_refused(tmp_path, model):
     with pytest.raises(UserError, match="compressed"):
         load(str(tmp_path / "y.ckpt"))
     assert Path(tmp_path / "x.ckpt").is_file()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, model, value):
+    weights = {name: values.clone() for name, values in model.state_dict().items()}
+    weights["net.first.bias"][0] = value
+    torch.save({"hyper_parameters": dict(model.hparams), "state_dict": weights}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="not finite"):
+        load(str(tmp_path / "x.ckpt"))

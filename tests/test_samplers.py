@@ -6,20 +6,22 @@ from test_laws import NETWORKS, PAIRS, make
 
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.noise import uniform
-from pixelcnn_lit.samplers import Conditioned, draw, evaluating, fixed_point, inverse_cdf, sharpened, walk
+from pixelcnn_lit.samplers import Conditioned, Request, draw, evaluating, fixed_point, inverse_cdf, sharpened
 
 SHAPE = (3, 4, 5)
+METHODS = ("naive", "cached", "fixed_point")
 
 
-def drawn(net, inside, y, shape=SHAPE, **own):
-    facts = {"num_classes": 4, "known_classes": [0, 1, 2, 3, 4]}
-    return draw(net, inside, torch.tensor(y), shape, **facts, **own)
+def drawn(net, inside, y, shape=SHAPE, image=None, known=None, watch=None, known_classes=(0, 1, 2, 3, 4), **own):
+    """Images of the classes y, uint8 [B,C,H,W], of a model of 4 classes."""
+    request = Request(net, inside, torch.tensor(y), shape, 4, list(known_classes), image, known, watch)
+    return draw(request, **own).flatten(0, 1)
 
 
-def test_noise_is_a_function_of_seed_and_number():
-    assert torch.equal(uniform(0, 5, (1, 3, 3)), uniform(0, 5, (1, 3, 3)))
-    assert uniform(0, 5, (1, 3, 3)).dtype == torch.float64
-    assert not torch.equal(uniform(0, 5, (1, 3, 3)), uniform(5, 0, (1, 3, 3)))
+def test_noise_is_a_function_of_its_key():
+    assert torch.equal(uniform((0, 5), (1, 3, 3)), uniform((0, 5), (1, 3, 3)))
+    assert uniform((0, 5), (1, 3, 3)).dtype == torch.float64
+    assert not torch.equal(uniform((0, 5), (1, 3, 3)), uniform((5, 0), (1, 3, 3)))
 
 
 def test_inverse_cdf_draws_each_level_as_often_as_its_probability():
@@ -57,8 +59,9 @@ def test_an_image_does_not_depend_on_its_batch_or_on_the_training_mode(network, 
     net, inside = make(network, likelihood, SHAPE, levels=17, num_classes=4)
     for method in ("naive", "cached", "fixed_point"):
         three = drawn(net.eval(), inside, [0, 1, 2], seed=7, method=method)
-        assert torch.equal(drawn(net, inside, [0], seed=7, method=method), three[:1])
-        assert torch.equal(drawn(net, inside, [0], seed=7, n_per_class=2, method=method)[:1], three[:1])
+        assert torch.equal(drawn(net, inside, [1], seed=7, method=method), three[1:2])
+        assert torch.equal(drawn(net, inside, [2, 1], seed=7, n_per_class=2, method=method)[::2], three[[2, 1]])
+        assert torch.equal(drawn(net, inside, [0, 1, 2], seed=7, batch_size=2, method=method), three)
         net.train()
         for dropout in [module for module in net.modules() if isinstance(module, torch.nn.Dropout)]:
             dropout.p = 0.5
@@ -108,7 +111,7 @@ def test_each_value_is_the_inverse_cdf_of_its_noise_given_the_finished_image(net
     x = drawn(net, inside, [2, 3], seed=1, temperature=temperature)
     features = net(x, y)
     for n in range(2):
-        u = uniform(1, n, SHAPE)
+        u = uniform((1, n + 2, 0), SHAPE)
         for c in range(3):
             logits = inside.channel_logits(features, x, c)[n].flatten(1).T / temperature  # [HW,V]
             assert torch.equal(inverse_cdf(logits, u[c].flatten()), x[n, c].flatten().long())
@@ -145,10 +148,9 @@ def test_top_k_and_top_p_keep_the_likeliest_levels():
 
 def test_guidance_of_a_model_that_never_saw_no_class_is_refused():
     net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
-    facts = {"num_classes": 4, "known_classes": [0, 1, 2, 3]}
     for own, message in (({"guidance_scale": 2.0}, "label_dropout"), ({"mix_with": 4}, "mix_with=4")):
         with pytest.raises(UserError, match=message):
-            draw(net, inside, torch.tensor([0]), SHAPE, **facts, **own)
+            drawn(net, inside, [0], known_classes=[0, 1, 2, 3], **own)
 
 
 @pytest.mark.parametrize("method", ["naive", "cached", "fixed_point"])
@@ -193,12 +195,65 @@ def test_walking_restores_the_mode_of_every_part():
     assert not first.training
 
 
-def test_each_pixel_is_watched():
+@torch.no_grad()
+def test_the_network_runs_once_a_pixel_and_not_once_a_channel():
+    net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
+    calls = []
+    for name in ("forward", "step"):
+        own = getattr(net, name)
+        setattr(net, name, lambda *a, own=own: calls.append(1) or own(*a))
+    for method in ("naive", "cached"):
+        calls.clear()
+        drawn(net, inside, [0], method=method)
+        assert len(calls) == 4 * 5
+
+
+@pytest.mark.parametrize("method", ["naive", "cached", "fixed_point"])
+def test_each_pixel_or_evaluation_is_watched(method):
     net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
     seen = []
-    target = Conditioned(net.eval(), inside, torch.tensor([0]), 4)
-    canvas = torch.zeros(1, *SHAPE, dtype=torch.uint8)
-    pick = lambda logits, c, i, j: logits.argmax(1)  # noqa: E731
-    walk(target, pick, canvas, watch=lambda canvas, p: seen.append((p, canvas.clone())))
-    assert [p for p, _ in seen] == list(range(20))
-    assert torch.equal(seen[-1][1], canvas)
+    done = drawn(net, inside, [0, 1], method=method, batch_size=1, watch=lambda images: seen.append(images.clone()))
+    assert all(images.shape == (2, 1, *SHAPE) for images in seen)
+    assert len(seen) == 40 if method != "fixed_point" else 2 <= len(seen) <= 40
+    assert torch.equal(seen[-1].flatten(0, 1), done)
+    assert not seen[0][1].any()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_two_levels_and_no_class(network):
+    net, inside = make(network, "categorical", (1, 5, 4), levels=2, num_classes=4, conditional=False)
+    three = [drawn(net, inside, [4], (1, 5, 4), method=m, n_per_class=3, known_classes=[4]) for m in METHODS]
+    assert all(torch.equal(images, three[0]) for images in three)
+    assert set(three[0].unique().tolist()) == {0, 1}
+    for own in ({"mix_with": 0}, {"guidance_scale": 2.0}):
+        with pytest.raises(UserError):
+            drawn(net, inside, [4], (1, 5, 4), known_classes=[4], **own)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_float32_draws_the_same_images_but_for_rounding_at_a_boundary(network):
+    net, inside = make(network, "categorical", (1, 8, 8), levels=17, num_classes=4)
+    naive, cached, fixed = (drawn(net.float(), inside.float(), [0, 1], (1, 8, 8), method=m) for m in METHODS)
+    assert (naive == cached).float().mean() > 0.9
+    assert (naive == fixed).float().mean() > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+@pytest.mark.parametrize("network", NETWORKS)
+def test_law_5_on_a_gpu_where_steps_are_replayed(network):
+    net, inside = make(network, "categorical", SHAPE, levels=17, num_classes=4)
+    on_cpu = drawn(net, inside, [0, 1], n_per_class=3)
+    facts = SHAPE, 4, [0, 1, 2, 3, 4]
+    for method in METHODS:
+        request = Request(net.cuda(), inside.cuda(), torch.tensor([0, 1], device="cuda"), *facts)
+        assert torch.equal(draw(request, n_per_class=3, method=method).flatten(0, 1).cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_law_5_at_the_size_of_mnist(network):
+    net, inside = make(network, "categorical", (1, 28, 28), levels=256, num_classes=4)
+    for labels in ([0], [1, 2, 3]):
+        naive, cached, fixed = (drawn(net, inside, labels, (1, 28, 28), method=m) for m in METHODS)
+        assert torch.equal(naive, cached)
+        assert torch.equal(naive, fixed)

@@ -198,18 +198,20 @@ def test_a_png_is_completed_where_its_mask_is_black(run, monkeypatch, tmp_path):
     monkeypatch.setattr(DensityModel, "draw", lambda *a, **own: drawn.append(draw(*a, **own)) or drawn[-1])
     command(monkeypatch, pixelcnn_lit.complete.main, *asked, "label=5", "sampler.n_per_class=3", f"run_dir={tmp_path}")
     kept = torch.from_numpy(picture.astype(int) * 17 // 256)[:, :4]
-    assert drawn[0].shape == (3, 1, 8, 8)
-    assert all(torch.equal(image[0, :, :4].int(), kept.int()) for image in drawn[0])
+    assert drawn[0].shape == (1, 3, 1, 8, 8)
+    assert all(torch.equal(image[0, :, :4].int(), kept.int()) for image in drawn[0][0])
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["image=absent.png", "label=1"], "absent.png: not a readable PNG"),
+        (["image=absent.png", "label=1"], "absent.png: no such file"),
         (["image=small.png", "label=1"], "this model draws (1, 8, 8)"),
         (["image=right.png"], "label is missing"),
         (["image=right.png", "label=77"], "this model was trained on"),
         (["keep_mask=small.png"], "images are (8, 8)"),
+        (["keep=left_half", "keep_mask=right.png"], "keep and keep_mask exclude each other"),
+        (["label=3"], "test images bring their own"),
         (["keep=middle"], "keep=middle: must be one of top_half"),
         (["n_images=0"], "n_images=0: must be a whole number >= 1"),
         (["sampler.guidance_scale=2"], "train with label_dropout"),

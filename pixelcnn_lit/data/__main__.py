@@ -23,7 +23,7 @@ def main(dataset: dict[str, Any]) -> None:
     for label, class_name in enumerate(data.class_names):
         print(f"{class_name:>12}" + "".join(f"{int((split.y == label).sum()):>12}" for split in splits.values()))
     nine = first_of_each_class(data.train, len(data.class_names), 9)
-    save(grid(nine, data.levels, per_row=9), run_dir() / "images.png")
+    save(grid(nine, data.levels), run_dir() / "images.png")
     print(shown(run_dir() / "images.png"))
 
 

@@ -67,12 +67,12 @@ def verify(images: Images, name: str) -> None:
 
 
 def first_of_each_class(split: Split, num_classes: int, n: int) -> Tensor:
-    """The first `n` images of each class in turn, uint8 [num_classes * n,C,H,W]; black where a class has fewer."""
+    """The first `n` images of each class, uint8 [num_classes,n,C,H,W]; black where a class has fewer."""
     rows = torch.zeros(num_classes, n, *split.x.shape[1:], dtype=torch.uint8)
     for label in range(num_classes):
         first = (split.y == label).nonzero()[:n, 0]
         rows[label, : len(first)] = split.x[first]
-    return rows.flatten(0, 1)
+    return rows
 
 
 def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
@@ -102,5 +102,5 @@ def quantise(x: Tensor, old: int, new: int) -> Tensor:
 
 def binarize_by_index(x: Tensor, levels: int, seed: int) -> Tensor:
     """Draw each pixel white with probability x / (levels - 1); image n's draw is a function of (seed, n)."""
-    noise = [uniform(seed, n, tuple(image.shape)) for n, image in enumerate(x)]
+    noise = [uniform((seed, n), tuple(image.shape)) for n, image in enumerate(x)]
     return torch.stack([u < image / (levels - 1) for u, image in zip(noise, x, strict=True)]).to(torch.uint8)
