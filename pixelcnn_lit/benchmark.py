@@ -1,5 +1,6 @@
 """How fast this machine trains and samples, as ratios measured side by side in one run; no figure is stored in code."""
 
+import copy
 import json
 import statistics
 import time
@@ -116,18 +117,21 @@ def training_rows(density: DensityModel, x: Tensor, y: Tensor, seconds: dict[str
 def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
     """Each sampler beside one forward pass over the same batch. An evaluation is one of the whole image or a step."""
     net, canvas, pixels = density.net, torch.zeros_like(x), x.shape[2] * x.shape[3]
-    target = Conditioned(net, density.likelihood, y, density.num_classes)
+    target, half = (
+        Conditioned(network, density.likelihood, y, density.num_classes)
+        for network in (net, copy.deepcopy(net).bfloat16())
+    )
     pick = picker(torch.rand(x.shape, dtype=torch.float64, device=target.noise_device))
     some = min(NAIVE_PIXELS, pixels)
-    evaluations = {"one forward": 1, "naive": pixels, "cached": pixels}
+    evaluations = {"one forward": 1, "naive": pixels, "cached": pixels, "cached, bf16": pixels}
     timed: Timed = {
         "one forward": lambda: net(x, y),
         "naive": lambda: walk(target, pick, canvas, stepwise=False, pixels=some),
     }
     if hasattr(net, "step"):
-        timed["cached"] = lambda: walk(target, pick, canvas)
+        timed |= {"cached": lambda: walk(target, pick, canvas), "cached, bf16": lambda: walk(half, pick, canvas)}
     timed["fixed_point"] = lambda: evaluations.update(fixed_point=fixed_point(target, pick, torch.zeros_like(x)))
-    with evaluating(net, density.likelihood):
+    with evaluating(net, half.net, density.likelihood):
         seconds = medians(timed, rounds)
     seconds["naive"] *= pixels / some
     return {

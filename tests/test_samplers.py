@@ -238,6 +238,18 @@ def test_float32_draws_the_same_images_but_for_rounding_at_a_boundary(network):
     assert (naive == fixed).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_bf16_draws_almost_the_same_images_and_leaves_the_network_alone(network):
+    net, inside = make(network, "categorical", (1, 8, 8), levels=17, num_classes=4)
+    exact, cached, fixed = (
+        drawn(net.float(), inside.float(), [0, 1], (1, 8, 8), n_per_class=8, **own)
+        for own in ({}, {"bf16": True}, {"bf16": True, "method": "fixed_point"})
+    )
+    assert next(net.parameters()).dtype == torch.float32
+    assert (exact[:, :, 0] == cached[:, :, 0]).float().mean() > 0.7  # later pixels follow the earlier ones
+    assert (exact[:, :, 0] == fixed[:, :, 0]).float().mean() > 0.7
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
 @pytest.mark.parametrize("network", NETWORKS)

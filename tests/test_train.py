@@ -236,7 +236,8 @@ def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeyp
     small = ["model_size=tiny", "image_shape=[1,6,6]", "batch_size=2", "rounds=1", f"run_dir={tmp_path}"]
     command(monkeypatch, pixelcnn_lit.benchmark.main, *small)
     result = json.loads((tmp_path / "benchmark.json").read_text())
-    assert set(result["sampling"]) == {f"sampling, {n}" for n in ("one forward", "naive", "cached", "fixed_point")}
+    samplers = ("one forward", "naive", "cached", "cached, bf16", "fixed_point")
+    assert set(result["sampling"]) == {f"sampling, {n}" for n in samplers}
     assert result["sampling"]["sampling, naive"]["times naive"] == 1
     assert "of a dense convolution" in capsys.readouterr().out
 

@@ -90,7 +90,9 @@ class RowCache:
             weight, bias = weight * scale[:, None, None, None], (bias - after.running_mean) * scale + after.bias
         taps = weight.permute(3, 2, 1, 0)  # [k,rows,in,out]
         alive = (int(mask[0, 0].T.flatten().nonzero().max()) + 1) * channels
-        self.matrix, self.bias, self.side = taps.flatten(0, 2)[:alive].contiguous(), bias, k // 2
+        self.matrix, self.side = taps.flatten(0, 2)[:alive].contiguous(), k // 2
+        self.bias = bias.repeat(batch, 1)
+        self.result = torch.empty_like(self.bias)
         self.norm = before and (before.normalized_shape, before.weight, before.bias, before.eps)
         self.inputs = weight.new_zeros(batch, width + 2 * self.side, rows, channels)
         self.offsets = torch.arange(k, device=weight.device)
@@ -116,7 +118,7 @@ class RowCache:
     def put_relu(self, x: Tensor, j: int | Tensor) -> None:
         """relu(norm(x)) as the input."""
         if self.norm:
-            x = torch.layer_norm(x, *self.norm)
+            x = torch.native_layer_norm(x, *self.norm)[0]
         if isinstance(j, int):
             torch.clamp_min(x, 0, out=self.slots[j])
         else:
@@ -129,8 +131,8 @@ class RowCache:
         return self.inputs.index_select(1, j + self.offsets).flatten(1)[:, : len(self.matrix)]
 
     def output(self, j: int | Tensor) -> Tensor:
-        """The convolution at column j: [B,out]."""
-        return torch.addmm(self.bias, self.window(j), self.matrix)
+        """The convolution at column j, [B,out], in a place that the next one overwrites."""
+        return torch.addmm(self.bias, self.window(j), self.matrix, out=self.result)
 
     def add_output(self, x: Tensor, j: int | Tensor) -> Tensor:
         """x [B,out] plus the convolution, in place."""

@@ -10,6 +10,7 @@ Training-mode loss: a likelihood under `norm=layer`; not under `norm=batch`, who
     later pixels included.
 """
 
+import copy
 from typing import Annotated, Any, Literal
 
 import torch
@@ -79,20 +80,28 @@ class PixelCNN(nn.Module):
         """All storage for stepping through images of the classes y [B]."""
         size = len(y), self.image_size[1]
         norm, _, conv1, _, conv2, _, out = self.last
-        first = self.first.cache(*size)
-        first.bias = first.bias + self.embed(y)[..., 0, 0]
+        first = self._first_of_levels().cache(*size)
+        first.bias += self.embed(y)[..., 0, 0]
         blocks = [block.init_cache(*size) for block in self.blocks]
         last = conv1.cache(*size, before=norm if isinstance(norm, ChannelNorm) else None), conv2.cache(*size)
         pixel = first.bias.new_ones(len(y), self.first.weight.shape[1])
         return {
             "pixel": pixel,
-            "scaled": pixel[:, :-1],
+            "values": pixel[:, :-1],
             "first": first,
             "blocks": blocks,
             "last": last,
             "rows": [first, *last, *(rows for block in blocks for rows in block)],
             "out": (out.bias, out.weight[..., 0, 0].T.contiguous()),
         }
+
+    def _first_of_levels(self) -> CausalConv2d:
+        """The first convolution with `scale` folded into its weights: it reads levels 0..V-1, and ones."""
+        layer = copy.deepcopy(self.first)
+        with torch.no_grad():
+            layer.weight[:, -1] -= layer.weight[:, :-1].sum(1)
+            layer.weight[:, :-1] *= 2 / (self.levels - 1)
+        return layer
 
     def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
         """Features [B,D] at row i, column j, asked for in raster order; equal to `forward` there in eval mode.
@@ -105,7 +114,7 @@ class PixelCNN(nn.Module):
             for rows in cache["rows"]:
                 rows.reset()
         else:
-            cache["scaled"].copy_(previous).mul_(2 / (self.levels - 1)).sub_(1)  # `scale`, in place
+            cache["values"].copy_(previous)
             first.put(cache["pixel"], (column - 1) % self.image_size[1])
         if j == 0 and i > 0:
             for rows in cache["rows"]:
@@ -145,6 +154,14 @@ class PreNormBlock(nn.Module):
     def init_cache(self, *size: int) -> tuple[RowCache, RowCache]:
         return self.conv1.cache(*size, before=self.norm1), self.conv2.cache(*size, before=self.norm2)
 
+    def _first_of_levels(self) -> CausalConv2d:
+        """The first convolution with `scale` folded into its weights: it reads levels 0..V-1, and ones."""
+        layer = copy.deepcopy(self.first)
+        with torch.no_grad():
+            layer.weight[:, -1] -= layer.weight[:, :-1].sum(1)
+            layer.weight[:, :-1] *= 2 / (self.levels - 1)
+        return layer
+
     def step(self, cache: tuple[RowCache, RowCache], x: Tensor, j: int | Tensor) -> Tensor:
         """`forward` at column j of the present row, without dropout: x [B,C] -> [B,C], in place."""
         first, second = cache
@@ -167,6 +184,14 @@ class PublishedBlock(nn.Module):
 
     def init_cache(self, *size: int) -> tuple[RowCache, RowCache]:
         return self.conv1.cache(*size, after=self.norm1), self.conv2.cache(*size, after=self.norm2)
+
+    def _first_of_levels(self) -> CausalConv2d:
+        """The first convolution with `scale` folded into its weights: it reads levels 0..V-1, and ones."""
+        layer = copy.deepcopy(self.first)
+        with torch.no_grad():
+            layer.weight[:, -1] -= layer.weight[:, :-1].sum(1)
+            layer.weight[:, :-1] *= 2 / (self.levels - 1)
+        return layer
 
     def step(self, cache: tuple[RowCache, RowCache], x: Tensor, j: int | Tensor) -> Tensor:
         """`forward` in eval mode at column j of the present row: x [B,C] -> [B,C], in place."""
