@@ -97,7 +97,7 @@ class PixelCNN(nn.Module):
 
     def _first_of_levels(self) -> CausalConv2d:
         """The first convolution with `scale` folded into its weights: it reads levels 0..V-1, and ones."""
-        layer = copy.deepcopy(self.first)
+        layer: Any = copy.deepcopy(self.first)
         with torch.no_grad():
             layer.weight[:, -1] -= layer.weight[:, :-1].sum(1)
             layer.weight[:, :-1] *= 2 / (self.levels - 1)
@@ -156,7 +156,7 @@ class PreNormBlock(nn.Module):
 
     def _first_of_levels(self) -> CausalConv2d:
         """The first convolution with `scale` folded into its weights: it reads levels 0..V-1, and ones."""
-        layer = copy.deepcopy(self.first)
+        layer: Any = copy.deepcopy(self.first)
         with torch.no_grad():
             layer.weight[:, -1] -= layer.weight[:, :-1].sum(1)
             layer.weight[:, :-1] *= 2 / (self.levels - 1)
@@ -187,7 +187,7 @@ class PublishedBlock(nn.Module):
 
     def _first_of_levels(self) -> CausalConv2d:
         """The first convolution with `scale` folded into its weights: it reads levels 0..V-1, and ones."""
-        layer = copy.deepcopy(self.first)
+        layer: Any = copy.deepcopy(self.first)
         with torch.no_grad():
             layer.weight[:, -1] -= layer.weight[:, :-1].sum(1)
             layer.weight[:, :-1] *= 2 / (self.levels - 1)
