@@ -154,14 +154,6 @@ class PreNormBlock(nn.Module):
     def init_cache(self, *size: int) -> tuple[RowCache, RowCache]:
         return self.conv1.cache(*size, before=self.norm1), self.conv2.cache(*size, before=self.norm2)
 
-    def _first_of_levels(self) -> CausalConv2d:
-        """The first convolution with `scale` folded into its weights: it reads levels 0..V-1, and ones."""
-        layer: Any = copy.deepcopy(self.first)
-        with torch.no_grad():
-            layer.weight[:, -1] -= layer.weight[:, :-1].sum(1)
-            layer.weight[:, :-1] *= 2 / (self.levels - 1)
-        return layer
-
     def step(self, cache: tuple[RowCache, RowCache], x: Tensor, j: int | Tensor) -> Tensor:
         """`forward` at column j of the present row, without dropout: x [B,C] -> [B,C], in place."""
         first, second = cache
@@ -184,14 +176,6 @@ class PublishedBlock(nn.Module):
 
     def init_cache(self, *size: int) -> tuple[RowCache, RowCache]:
         return self.conv1.cache(*size, after=self.norm1), self.conv2.cache(*size, after=self.norm2)
-
-    def _first_of_levels(self) -> CausalConv2d:
-        """The first convolution with `scale` folded into its weights: it reads levels 0..V-1, and ones."""
-        layer: Any = copy.deepcopy(self.first)
-        with torch.no_grad():
-            layer.weight[:, -1] -= layer.weight[:, :-1].sum(1)
-            layer.weight[:, :-1] *= 2 / (self.levels - 1)
-        return layer
 
     def step(self, cache: tuple[RowCache, RowCache], x: Tensor, j: int | Tensor) -> Tensor:
         """`forward` in eval mode at column j of the present row: x [B,C] -> [B,C], in place."""
