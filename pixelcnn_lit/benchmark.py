@@ -19,7 +19,7 @@ from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.samplers import Conditioned, evaluating, fixed_point, picker, walk
 
-NAIVE_PIXELS = 8  # each costs the same, so a few tell of all
+NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
 Timed = dict[str, Callable[[], Any]]
 
 
@@ -92,7 +92,8 @@ def _dense_convolution(density: DensityModel, x: Tensor, dtype: torch.dtype) -> 
     size, weight = (len(x), width, *x.shape[2:]), (width, width, 3, 3)
     a, w, gradient = (torch.randn(s, device=x.device, dtype=dtype) for s in (size, weight, size))
     a, w, gradient = (t.to(memory_format=torch.channels_last) for t in (a, w, gradient))
-    a.requires_grad_(), w.requires_grad_()
+    for leaf in (a, w):
+        leaf.requires_grad_()
     return lambda: F.conv2d(a, w, padding=1).backward(gradient)
 
 
