@@ -139,11 +139,84 @@ class RowCache:
         return x.add_(self.bias).addmm_(self.window(j), self.matrix)
 
 
+class ImageRows(RowCache):
+    """A RowCache of the first convolution, `layer`, with `scale` folded into its weights: it takes levels 0..V-1."""
+
+    def __init__(self, layer: CausalConv2d, levels: int, batch: int, width: int) -> None:
+        weight = layer.weight * layer.mask
+        pixels, ones = weight[:, :-1], weight[:, -1:] - weight[:, :-1].sum(1, keepdim=True)
+        weight = torch.cat([pixels * (2 / (levels - 1)), ones], dim=1)
+        super().__init__(weight, layer.bias, layer.mask, batch, width)
+        self.pixel = weight.new_ones(batch, weight.shape[1])
+        self.values = self.pixel[:, :-1]
+
+    def put_levels(self, pixel: Tensor, j: int | Tensor) -> None:
+        """The pixel, uint8 [B,C], at column j of the current row."""
+        self.values.copy_(pixel)
+        self.put(self.pixel, j)
+
+
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of each pixel: [B,C,H,W] -> [B,C,H,W]. No pixel sees another one."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+class PreNormBlock(nn.Module):
+    """x + conv(relu(norm(conv(relu(norm(x)))))), the identity at the start."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
+        self.conv1, self.conv2 = CausalConv2d(channels, channels, 3, "B"), CausalConv2d(channels, channels, 3, "B")
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.relu(self.norm1(x)))
+        return x + self.conv2(self.dropout(F.relu(self.norm2(h))))
+
+    def init_cache(self, *size: int) -> list[RowCache]:
+        return [self.conv1.cache(*size, before=self.norm1), self.conv2.cache(*size, before=self.norm2)]
+
+    def step(self, cache: list[RowCache], x: Tensor, j: int | Tensor) -> Tensor:
+        """`forward` at column j of the present row, without dropout: x [B,C] -> [B,C], in place."""
+        first, second = cache
+        first.put_relu(x, j)
+        second.put_relu(first.output(j), j)
+        return second.add_output(x, j)
+
+
+class OutputStack(nn.Sequential):
+    """From the blocks to the features: two more masked convolutions and a 1×1, a ReLU before each."""
+
+    def __init__(self, channels: int, out_channels: int, norm: nn.Module) -> None:
+        super().__init__(
+            norm,
+            nn.ReLU(),
+            CausalConv2d(channels, channels, 3, "B"),
+            nn.ReLU(),
+            CausalConv2d(channels, channels, 3, "B"),
+            nn.ReLU(),
+            nn.Conv2d(channels, out_channels, 1),
+        )
+
+    def init_cache(self, *size: int) -> list[RowCache]:
+        norm, _, conv1, _, conv2, *_ = self
+        assert isinstance(conv1, CausalConv2d)
+        assert isinstance(conv2, CausalConv2d)
+        return [conv1.cache(*size, before=norm if isinstance(norm, nn.LayerNorm) else None), conv2.cache(*size)]
+
+    def step(self, cache: list[RowCache], x: Tensor, j: int | Tensor) -> Tensor:
+        """`forward` at column j of the present row: x [B,C] -> features [B,D]."""
+        for rows in cache:
+            rows.put_relu(x, j)
+            x = rows.output(j)
+        out = self[-1]
+        assert isinstance(out, nn.Conv2d)
+        assert out.bias is not None
+        return torch.addmm(out.bias, x.relu_(), out.weight[..., 0, 0].T)
 
 
 class ClassEmbedding(nn.Module):

@@ -10,7 +10,7 @@ Training-mode loss: a likelihood under `norm=layer`; not under `norm=batch`, who
     later pixels included.
 """
 
-import copy
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.layers import CausalConv2d, ChannelNorm, ClassEmbedding, RowCache, scale
+from pixelcnn_lit.models.layers import (
+    CausalConv2d,
+    ChannelNorm,
+    ClassEmbedding,
+    ImageRows,
+    OutputStack,
+    PreNormBlock,
+    RowCache,
+    scale,
+)
 
 
 class PixelCNN(nn.Module):
@@ -35,7 +44,6 @@ class PixelCNN(nn.Module):
 
     replayable = True  # as a CUDA graph: see `step`
     blocks: Any
-    last: Any
 
     def __init__(
         self,
@@ -60,15 +68,8 @@ class PixelCNN(nn.Module):
                 for _ in range(n_residual)
             )
         )
-        self.last = nn.Sequential(
-            nn.Identity() if norm == "batch" else ChannelNorm(hidden_channels),
-            nn.ReLU(),
-            CausalConv2d(hidden_channels, hidden_channels, 3, "B"),
-            nn.ReLU(),
-            CausalConv2d(hidden_channels, hidden_channels, 3, "B"),
-            nn.ReLU(),
-            nn.Conv2d(hidden_channels, out_channels, 1),
-        )
+        norm_last = nn.Identity() if norm == "batch" else ChannelNorm(hidden_channels)
+        self.last = OutputStack(hidden_channels, out_channels, norm_last)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
@@ -79,29 +80,10 @@ class PixelCNN(nn.Module):
     def init_cache(self, y: Tensor) -> dict[str, Any]:
         """All storage for stepping through images of the classes y [B]."""
         size = len(y), self.image_size[1]
-        norm, _, conv1, _, conv2, _, out = self.last
-        first = self._first_of_levels().cache(*size)
+        first = ImageRows(self.first, self.levels, *size)
         first.bias += self.embed(y)[..., 0, 0]
-        blocks = [block.init_cache(*size) for block in self.blocks]
-        last = conv1.cache(*size, before=norm if isinstance(norm, ChannelNorm) else None), conv2.cache(*size)
-        pixel = first.bias.new_ones(len(y), self.first.weight.shape[1])
-        return {
-            "pixel": pixel,
-            "values": pixel[:, :-1],
-            "first": first,
-            "blocks": blocks,
-            "last": last,
-            "rows": [first, *last, *(rows for block in blocks for rows in block)],
-            "out": (out.bias, out.weight[..., 0, 0].T.contiguous()),
-        }
-
-    def _first_of_levels(self) -> CausalConv2d:
-        """The first convolution with `scale` folded into its weights: it reads levels 0..V-1, and ones."""
-        layer: Any = copy.deepcopy(self.first)
-        with torch.no_grad():
-            layer.weight[:, -1] -= layer.weight[:, :-1].sum(1)
-            layer.weight[:, :-1] *= 2 / (self.levels - 1)
-        return layer
+        blocks, last = [block.init_cache(*size) for block in self.blocks], self.last.init_cache(*size)
+        return {"first": first, "blocks": blocks, "last": last, "rows": [first, *chain(*blocks, last)]}
 
     def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
         """Features [B,D] at row i, column j, asked for in raster order; equal to `forward` there in eval mode.
@@ -109,24 +91,19 @@ class PixelCNN(nn.Module):
         `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied. Where
         cache["column"], an int64 tensor [1], is given, it is the column, and j tells only whether a row begins.
         """
-        first, column = cache["first"], cache.get("column", j)
+        column = cache.get("column", j)
         if (i, j) == (0, 0):
             for rows in cache["rows"]:
                 rows.reset()
         else:
-            cache["values"].copy_(previous)
-            first.put(cache["pixel"], (column - 1) % self.image_size[1])
+            cache["first"].put_levels(previous, (column - 1) % self.image_size[1])
         if j == 0 and i > 0:
             for rows in cache["rows"]:
                 rows.new_row()
-        h = first.output(column)
+        h = cache["first"].output(column)
         for block, rows in zip(self.blocks, cache["blocks"], strict=True):
             h = block.step(rows, h, column)
-        for rows in cache["last"]:
-            rows.put_relu(h, column)
-            h = rows.output(column)
-        bias, matrix = cache["out"]
-        return torch.addmm(bias, h.relu_(), matrix)
+        return self.last.step(cache["last"], h, column)
 
     def context(self, i: int, j: int) -> Tensor:
         """The earlier pixels, bool [H,W], that the features at row i, column j depend on."""
@@ -135,31 +112,6 @@ class PixelCNN(nn.Module):
         for layer in reversed([m for m in self.modules() if isinstance(m, CausalConv2d)]):
             seen = layer.reach(seen)
         return seen
-
-
-class PreNormBlock(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))), the identity at the start."""
-
-    def __init__(self, channels: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
-        self.conv1, self.conv2 = CausalConv2d(channels, channels, 3, "B"), CausalConv2d(channels, channels, 3, "B")
-        self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.conv2.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.relu(self.norm1(x)))
-        return x + self.conv2(self.dropout(F.relu(self.norm2(h))))
-
-    def init_cache(self, *size: int) -> tuple[RowCache, RowCache]:
-        return self.conv1.cache(*size, before=self.norm1), self.conv2.cache(*size, before=self.norm2)
-
-    def step(self, cache: tuple[RowCache, RowCache], x: Tensor, j: int | Tensor) -> Tensor:
-        """`forward` at column j of the present row, without dropout: x [B,C] -> [B,C], in place."""
-        first, second = cache
-        first.put_relu(x, j)
-        second.put_relu(first.output(j), j)
-        return second.add_output(x, j)
 
 
 class PublishedBlock(nn.Module):
@@ -174,10 +126,10 @@ class PublishedBlock(nn.Module):
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(x + self.norm2(self.conv2(h)))
 
-    def init_cache(self, *size: int) -> tuple[RowCache, RowCache]:
-        return self.conv1.cache(*size, after=self.norm1), self.conv2.cache(*size, after=self.norm2)
+    def init_cache(self, *size: int) -> list[RowCache]:
+        return [self.conv1.cache(*size, after=self.norm1), self.conv2.cache(*size, after=self.norm2)]
 
-    def step(self, cache: tuple[RowCache, RowCache], x: Tensor, j: int | Tensor) -> Tensor:
+    def step(self, cache: list[RowCache], x: Tensor, j: int | Tensor) -> Tensor:
         """`forward` in eval mode at column j of the present row: x [B,C] -> [B,C], in place."""
         first, second = cache
         first.put(x, j)
