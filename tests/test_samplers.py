@@ -224,7 +224,7 @@ def test_two_levels_and_no_class(network):
     net, inside = make(network, "categorical", (1, 5, 4), levels=2, num_classes=4, conditional=False)
     three = [drawn(net, inside, [4], (1, 5, 4), method=m, n_per_class=3, known_classes=[4]) for m in METHODS]
     assert all(torch.equal(images, three[0]) for images in three)
-    assert set(three[0].unique().tolist()) == {0, 1}
+    assert set(three[0].unique().tolist()) <= {0, 1}
     for own in ({"mix_with": 0}, {"guidance_scale": 2.0}):
         with pytest.raises(UserError):
             drawn(net, inside, [4], (1, 5, 4), known_classes=[4], **own)
