@@ -151,6 +151,14 @@ def test_law_3_the_features_see_every_pixel_of_the_claimed_context(network):
     check_context(net)
 
 
+@pytest.mark.parametrize("network", [name for name in NETWORKS if name.split()[0] not in ("pixelcnn", "row_lstm")])
+def test_law_3_the_context_is_every_earlier_pixel(network):
+    """But of the two whose blind spot is published with them."""
+    net, _ = make(network, LIKELIHOODS[0], (1, 7, 7), levels=17, n_residual=2)
+    for p in range(49):
+        assert net.context(p // 7, p % 7).flatten().tolist() == [q < p for q in range(49)]
+
+
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize(("channels", "levels"), [(1, 2), (1, 17), (3, 5), (3, 256)])
 @torch.no_grad()

@@ -115,6 +115,10 @@ class RowCache:
         else:
             self.inputs[:, :, -1].index_copy_(1, j + self.side, x[:, None])
 
+    def put_norm(self, x: Tensor, j: int | Tensor) -> None:
+        """norm(x) as the input."""
+        self.put(torch.layer_norm(x, *self.norm) if self.norm else x, j)
+
     def put_relu(self, x: Tensor, j: int | Tensor) -> None:
         """relu(norm(x)) as the input."""
         if self.norm:
