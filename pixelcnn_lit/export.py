@@ -13,7 +13,9 @@ def main(ckpt: str, out: str) -> None:
     if not out.endswith(".safetensors"):
         raise UserError(f"out={out}: type a name that ends in .safetensors")
     model = load(ckpt)
-    write_weights(Path(out), model.state_dict(), dict(model.hparams))
+    # Where the data lay is an affair of the machine it was trained on.
+    dataset = {key: value for key, value in model.hparams["dataset"].items() if key not in ("root", "path")}
+    write_weights(Path(out), model.state_dict(), dict(model.hparams) | {"dataset": dataset})
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters of {model.hparams['label']}: {shown(out)}")
 
 

@@ -22,10 +22,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 import pixelcnn_lit.benchmark
 import pixelcnn_lit.complete
 import pixelcnn_lit.evaluate
+import pixelcnn_lit.export
 import pixelcnn_lit.sample
 import pixelcnn_lit.summarize
 import pixelcnn_lit.train
-from pixelcnn_lit.checkpoints import AtomicCheckpointIO
+from pixelcnn_lit.checkpoints import WEIGHTS, AtomicCheckpointIO
 from pixelcnn_lit.command import CONF
 from pixelcnn_lit.data.module import image_data
 from pixelcnn_lit.lit import DensityModel, load
@@ -223,6 +224,40 @@ def test_a_completion_that_cannot_be_gets_one_line(run, monkeypatch, tmp_path, a
     Image.new("L", (4, 4)).save("small.png"), Image.new("L", (8, 8)).save("right.png")
     with pytest.raises(SystemExit, match=re.escape(message)):
         command(monkeypatch, pixelcnn_lit.complete.main, f"ckpt={run}/checkpoints/best.ckpt", *asked)
+
+
+def test_exported_weights_draw_the_same_and_say_nothing_of_the_machine(run, monkeypatch, tmp_path):
+    best, out = str(run / "checkpoints" / "best.ckpt"), str(tmp_path / "x.safetensors")
+    hparams = load(best).hparams
+    model = DensityModel(**hparams | {"dataset": hparams["dataset"] | {"root": "/home/me", "path": "/home/me/x.npz"}})
+    model.load_state_dict(load(best).state_dict())
+    monkeypatch.setattr(pixelcnn_lit.export, "load", lambda ckpt: model)
+    command(monkeypatch, pixelcnn_lit.export.main, f"ckpt={best}", f"out={out}")
+    assert load(out).hparams["dataset"] == hparams["dataset"]
+    sampler = {"_target_": "pixelcnn_lit.samplers.draw"}
+    assert torch.equal(load(out).draw(sampler), load(best).draw(sampler))
+
+
+def test_the_weights_the_package_brings_along_draw_digits(monkeypatch, tmp_path):
+    command(monkeypatch, pixelcnn_lit.sample.main, "ckpt=mnist", "classes=[7]", f"run_dir={tmp_path}")
+    assert archive(tmp_path / "samples.npz")["images"].shape == (2, 28, 28, 1)
+    assert load("mnist").hparams["label"].startswith("mnist 1×28×28, 256 levels")
+    assert "/" not in str(dict(load("mnist").hparams["dataset"]))
+    assert sum(file.stat().st_size for file in WEIGHTS.glob("mnist*")) <= 5e6
+
+
+def test_a_name_that_no_weights_have_gets_one_line(monkeypatch):
+    with pytest.raises(SystemExit, match="ckpt=mnits: no such file; type the path of a .ckpt or .safetensors, mnist"):
+        command(monkeypatch, pixelcnn_lit.sample.main, "ckpt=mnits")
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif("PIXELCNN_DATA" not in os.environ, reason="set PIXELCNN_DATA to a folder with MNIST/raw")
+def test_the_weights_the_package_brings_along_score_what_their_card_says(monkeypatch, tmp_path):
+    asked = ["ckpt=mnist", f"dataset.root={os.environ['PIXELCNN_DATA']}", f"run_dir={tmp_path}"]
+    command(monkeypatch, pixelcnn_lit.evaluate.main, *asked)
+    bpd = json.loads((tmp_path / "evaluation.json").read_text())["bpd"]
+    assert f"test {bpd:.4f} bpd" in (WEIGHTS / "README.md").read_text()
 
 
 def test_guidance_of_a_model_trained_with_label_dropout_draws(tmp_path, monkeypatch):
