@@ -1,7 +1,8 @@
 """Everything that happens inside one pixel: from a network's features to the probability of its channels."""
 
+import math
 from itertools import combinations
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ class Categorical(nn.Module):
     Args:
         image_shape, levels: facts of the data.
         width: features a channel that the head reads.
+        ordinal: W and the tables are `OrdinalRows`, which know that level 100 lies beside 101 and so learn sooner; one
+            channel then has a head, too. False where a checkpoint does not say, as those from before it do not.
     """
 
     def __init__(
@@ -30,15 +33,22 @@ class Categorical(nn.Module):
         levels: int,
         colour: Literal["autoregressive", "independent"] = "autoregressive",
         width: Annotated[int, Range(1)] = 64,
+        ordinal: bool = False,
     ) -> None:
         super().__init__()
         self.channels, self.levels = image_shape[0], levels
-        self.has_head = colour == "autoregressive" and self.channels > 1
+        self.has_colour = colour == "autoregressive" and self.channels > 1
+        self.has_head = self.has_colour or ordinal
         self.out_channels = self.channels * (width if self.has_head else levels)
-        if self.has_head:
+        if self.has_colour:
+            table = OrdinalRows if ordinal else nn.Embedding
             pairs = combinations(range(self.channels), 2)
-            self.tables = nn.ModuleDict({f"{b}_{c}": nn.Embedding(levels, width) for b, c in pairs})
-            self.heads = nn.ModuleList(nn.Linear(width, levels) for _ in range(self.channels))
+            self.tables = nn.ModuleDict({f"{b}_{c}": table(levels, width) for b, c in pairs})
+        if self.has_head:
+            self.heads = nn.ModuleList(
+                OrdinalRows(levels, width, is_head=True) if ordinal else nn.Linear(width, levels)
+                for _ in range(self.channels)
+            )
 
     def channel_logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
         """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32."""
@@ -54,10 +64,134 @@ class Categorical(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             h = features.movedim(1, -1).unflatten(-1, (self.channels, -1))[..., c, :]
             h = h.to(torch.promote_types(h.dtype, torch.float32))
+            for b in range(c if self.has_colour else 0):
+                table: Any = self.tables[f"{b}_{c}"]
+                h = h + F.embedding(x[:, b].long(), table.weight)
             if self.has_head:
-                for b in range(c):
-                    h = h + self.tables[f"{b}_{c}"](x[:, b].long())
-                head = self.heads[c]
-                assert isinstance(head, nn.Linear)
+                head: Any = self.heads[c]
                 h = F.linear(F.relu(h), head.weight.to(h.dtype), head.bias.to(h.dtype))
             return h.log_softmax(-1)
+
+
+class OrdinalRows(nn.Module):
+    """A row for each level, `weight` [V,width], written as free rows plus rows that are smooth functions of the level.
+
+    weight = free + cosines @ smooth, cosines[v,k] = 8/k cos(pi k (v + 1/2) / V), k = 1 to 32 at most. At the start the
+    free rows are zero. An optimizer of Adam's kind moves every parameter by steps of one size, so a step along a slow
+    cosine moves all levels, and neighbours alike, by more than a step of their own rows; the free rows leave nothing
+    out of reach. Used as a table to look levels up in or, with `is_head`, as the weight and bias of a linear layer.
+    """
+
+    cosines: Tensor
+
+    def __init__(self, levels: int, width: int, is_head: bool = False) -> None:
+        super().__init__()
+        k = torch.arange(1, min(32, levels - 1) + 1)
+        angles = math.pi / levels * (torch.arange(levels)[:, None] + 0.5) * k
+        self.register_buffer("cosines", 8 / k * angles.cos(), persistent=False)
+        self.free = nn.Parameter(torch.zeros(levels, width))
+        gain = sum(32 / n**2 for n in range(1, len(k) + 1))  # the squares of a row of cosines, on average
+        variance = 1 / width if is_head else 1.0  # of `weight`: an embedding's, or what keeps features their size
+        self.smooth = nn.Parameter(torch.randn(len(k), width) * math.sqrt(variance / gain))
+        self.bias = nn.Parameter(torch.zeros(levels)) if is_head else None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.free + self.cosines @ self.smooth
+
+
+class LogisticMixture(nn.Module):
+    """A mixture of K discretised logistics: p(x) = sum_k pi_k prod_c P(x_c | mean_ck, scale_ck).
+
+    P(v) is the mass that a logistic has between the edges of level v's bin, where the first bin reaches down to
+    -infinity and the last up to +infinity. The mean of channel c is linear in the channels before it:
+    mean_ck + sum_{b<c} a_bck x_b, all on the scale on which levels are [-1, 1]. The weights pi_k belong to the pixel
+    and not to a channel, so p(x_c | x_<c) is again a mixture, in which component k counts as much as it explains x_<c.
+    Salimans et al. 2017, PixelCNN++ (arXiv 1701.05517), equations 1 to 3. What differs: every mass is exact, and not a
+    density times a width where it is small, so they sum to 1; features of zero are components spread over all levels.
+    a_bck is the tanh of a feature, as published: in bf16 it is then finest near 1, where "as much as red" lies.
+
+    Args:
+        image_shape, levels: facts of the data.
+        n_mixtures: K.
+    """
+
+    start: Tensor
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], levels: int, n_mixtures: Annotated[int, Range(1, 1000)] = 10
+    ) -> None:
+        super().__init__()
+        self.channels, self.levels, self.n_mixtures = image_shape[0], levels, n_mixtures
+        self.pairs = list(combinations(range(self.channels), 2))
+        groups = 1 + 2 * self.channels + len(self.pairs)  # of K features: weights, means, log-scales, coefficients
+        self.out_channels = groups * n_mixtures
+        # As published, -7 at 256 levels: a bin is at most 8.6 scales wide, and holds at most 0.97 of a logistic. Below
+        # it nothing is gained, and gradients, which go with 1/scale, blow up. Above the ceiling masses underflow.
+        self.floor, self.ceiling = math.log(2 / (levels - 1)) - 2.15, 5.0
+        start = torch.zeros(groups, n_mixtures)
+        start[1 : 1 + self.channels] = (2 * torch.arange(n_mixtures) + 1) / n_mixtures - 1
+        start[1 + self.channels : 1 + 2 * self.channels] = math.log(max(1 / (n_mixtures + 1), 1 / (levels - 1)))
+        self.register_buffer("start", start, persistent=False)
+
+    def channel_logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
+        """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32."""
+        with torch.autocast(features.device.type, enabled=False):
+            groups = self._groups(features)
+            joint = sum((self._log_mass(groups, x, b) for b in range(c)), start=groups[0])
+            components = (joint.log_softmax(-1), *self._logistic(groups, x, c))
+            pieces = zip(*(part.flatten(0, -2).split(512) for part in components), strict=True)
+            # [pixels,K,V] is large for a whole map, and in pieces it stays in the processor's caches.
+            logits = torch.cat([self._every_level(*piece) for piece in pieces])
+            return logits.unflatten(0, joint.shape[:-1]).movedim(-1, 1)
+
+    def log_prob(self, features: Tensor, x: Tensor) -> Tensor:
+        """Nats of each value: features [B,D,H,W], x uint8 [B,C,H,W] -> [B,C,H,W]."""
+        with torch.autocast(features.device.type, enabled=False):
+            groups = self._groups(features)
+            joint = [groups[0]]  # log pi_k p_k(x_<c) of every c, up to the constant that the first one sums to
+            for c in range(self.channels):
+                joint.append(joint[-1] + self._log_mass(groups, x, c))
+            totals = torch.stack([each.logsumexp(-1) for each in joint], dim=1)
+            return totals[:, 1:] - totals[:, :-1]
+
+    def _groups(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Features [B,D,...] as groups [B,...,K], which channels-last memory has side by side."""
+        h = features.movedim(1, -1).unflatten(-1, (-1, self.n_mixtures))
+        return (h + self.start.to(torch.promote_types(h.dtype, torch.float32))).unbind(-2)
+
+    def _logistic(self, groups: tuple[Tensor, ...], x: Tensor, c: int) -> tuple[Tensor, Tensor]:
+        """Mean and log-scale of channel c given the channels before it, [B,...,K]."""
+        mean = groups[1 + c]
+        for b in range(c):
+            slope = groups[1 + 2 * self.channels + self.pairs.index((b, c))].tanh()
+            mean = torch.addcmul(mean, slope, self._centre(x[:, b, ..., None].to(mean.dtype)))
+        return mean, groups[1 + self.channels + c].clamp(self.floor, self.ceiling)
+
+    def _centre(self, level: Tensor) -> Tensor:
+        return level * (2 / (self.levels - 1)) - 1
+
+    def _log_mass(self, groups: tuple[Tensor, ...], x: Tensor, c: int) -> Tensor:
+        """log P(x_c) of each component, [B,...,K].
+
+        For s the logistic function, s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)): none of the three cancels or vanishes.
+        """
+        mean, log_scale = self._logistic(groups, x, c)
+        level = x[:, c, ..., None]
+        has_lower, has_upper = (level > 0).to(mean.dtype), (level < self.levels - 1).to(mean.dtype)
+        per_scale = log_scale.neg().exp()
+        centre = (self._centre(level.to(mean.dtype)) - mean) * per_scale
+        half = per_scale / (self.levels - 1)
+        upper, lower = F.logsigmoid(centre + half) * has_upper, F.logsigmoid(half - centre) * has_lower
+        return upper + lower + torch.log(-torch.expm1(-2 * half)) * (has_lower * has_upper)
+
+    def _every_level(self, log_weight: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+        """log sum_k weight_k P_k(v) for all v: three of [N,K] -> [N,V]. A bin's upper edge is the next one's lower."""
+        per_scale = log_scale.neg().exp()
+        edges = self._centre(torch.arange(self.levels - 1, dtype=mean.dtype, device=mean.device) + 0.5)
+        edges = (edges - mean[..., None]) * per_scale[..., None]  # [N,K,V-1]
+        below = F.logsigmoid(edges)
+        mass = F.pad(below, (0, 1))
+        mass[..., 1:] += below - edges  # log s(-e) = log s(e) - e
+        mass[..., 1:-1] += torch.log(-torch.expm1(-2 * per_scale / (self.levels - 1)))[..., None]
+        return (mass + log_weight[..., None]).logsumexp(-2)
