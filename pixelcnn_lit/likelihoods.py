@@ -2,11 +2,12 @@
 
 import math
 from itertools import combinations
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pixelcnn_lit.build import Range
 
@@ -40,15 +41,12 @@ class Categorical(nn.Module):
         self.has_colour = colour == "autoregressive" and self.channels > 1
         self.has_head = self.has_colour or ordinal
         self.out_channels = self.channels * (width if self.has_head else levels)
-        if self.has_colour:
-            table = OrdinalRows if ordinal else nn.Embedding
-            pairs = combinations(range(self.channels), 2)
-            self.tables = nn.ModuleDict({f"{b}_{c}": table(levels, width) for b, c in pairs})
-        if self.has_head:
-            self.heads = nn.ModuleList(
-                OrdinalRows(levels, width, is_head=True) if ordinal else nn.Linear(width, levels)
-                for _ in range(self.channels)
-            )
+        pairs = combinations(range(self.channels), 2) if self.has_colour else ()
+        self.tables = nn.ModuleDict({f"{b}_{c}": nn.Embedding(levels, width) for b, c in pairs})
+        self.heads = nn.ModuleList(nn.Linear(width, levels) for _ in range(self.channels if self.has_head else 0))
+        if ordinal:
+            for module in (*self.tables.values(), *self.heads):
+                parametrize.register_parametrization(module, "weight", OrdinalRows(levels))
 
     def channel_logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
         """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32."""
@@ -65,39 +63,39 @@ class Categorical(nn.Module):
             h = features.movedim(1, -1).unflatten(-1, (self.channels, -1))[..., c, :]
             h = h.to(torch.promote_types(h.dtype, torch.float32))
             for b in range(c if self.has_colour else 0):
-                table: Any = self.tables[f"{b}_{c}"]
-                h = h + F.embedding(x[:, b].long(), table.weight)
+                h = h + self.tables[f"{b}_{c}"](x[:, b].long())
             if self.has_head:
-                head: Any = self.heads[c]
+                head = self.heads[c]
+                assert isinstance(head, nn.Linear)
                 h = F.linear(F.relu(h), head.weight.to(h.dtype), head.bias.to(h.dtype))
             return h.log_softmax(-1)
 
 
 class OrdinalRows(nn.Module):
-    """A row for each level, `weight` [V,width], written as free rows plus rows that are smooth functions of the level.
+    """A weight [V,width] with a row for each level, as free rows plus rows that are smooth functions of the level.
 
     weight = free + cosines @ smooth, cosines[v,k] = 8/k cos(pi k (v + 1/2) / V), k = 1 to 32 at most. At the start the
     free rows are zero. An optimizer of Adam's kind moves every parameter by steps of one size, so a step along a slow
     cosine moves all levels, and neighbours alike, by more than a step of their own rows; the free rows leave nothing
-    out of reach. Used as a table to look levels up in or, with `is_head`, as the weight and bias of a linear layer.
+    out of reach. A parametrisation, as torch calls it: `parametrize.cached()` computes the sum only once.
     """
 
     cosines: Tensor
 
-    def __init__(self, levels: int, width: int, is_head: bool = False) -> None:
+    def __init__(self, levels: int) -> None:
         super().__init__()
         k = torch.arange(1, min(32, levels - 1) + 1)
         angles = math.pi / levels * (torch.arange(levels)[:, None] + 0.5) * k
         self.register_buffer("cosines", 8 / k * angles.cos(), persistent=False)
-        self.free = nn.Parameter(torch.zeros(levels, width))
-        gain = sum(32 / n**2 for n in range(1, len(k) + 1))  # the squares of a row of cosines, on average
-        variance = 1 / width if is_head else 1.0  # of `weight`: an embedding's, or what keeps features their size
-        self.smooth = nn.Parameter(torch.randn(len(k), width) * math.sqrt(variance / gain))
-        self.bias = nn.Parameter(torch.zeros(levels)) if is_head else None
 
-    @property
-    def weight(self) -> Tensor:
-        return self.free + self.cosines @ self.smooth
+    def forward(self, free: Tensor, smooth: Tensor) -> Tensor:
+        return free + self.cosines @ smooth
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Where training starts: no free rows, and smooth ones as large as those of `weight`."""
+        gain = self.cosines.square().sum(1).mean().sqrt()
+        smooth = torch.randn(self.cosines.shape[1], weight.shape[1], device=weight.device)
+        return torch.zeros_like(weight), smooth * weight.std() / gain
 
 
 class LogisticMixture(nn.Module):

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from pixelcnn_lit.build import Range
@@ -262,7 +263,8 @@ def draw(
     y, u = request.y.repeat_interleave(n_per_class), _noise(request, n_per_class, seed)
     canvas = torch.zeros(u.shape, dtype=torch.uint8, device=y.device)
     images = canvas.unflatten(0, (-1, n_per_class))
-    with evaluating(net, likelihood), torch.autocast(y.device.type, enabled=False), _bar(canvas, request) as bar:
+    plainly = torch.autocast(y.device.type, enabled=False)
+    with evaluating(net, likelihood), plainly, parametrize.cached(), _bar(canvas, request) as bar:
         for first in range(0, len(y), batch_size):
             part = slice(first, first + batch_size)
             target = Conditioned(net, likelihood, y[part], request.num_classes, guidance_scale, mix_with, mix_weight)

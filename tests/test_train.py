@@ -247,7 +247,7 @@ def test_the_weights_the_package_brings_along_draw_digits(monkeypatch, tmp_path)
 
 
 def test_a_name_that_no_weights_have_gets_one_line(monkeypatch):
-    with pytest.raises(SystemExit, match="ckpt=mnits: no such file; type the path of a .ckpt or .safetensors, mnist"):
+    with pytest.raises(SystemExit, match=re.escape("type the path of a .ckpt or .safetensors, mnist")):
         command(monkeypatch, pixelcnn_lit.sample.main, "ckpt=mnits")
 
 
