@@ -1,0 +1,242 @@
+"""PixelCNN++, the network: two streams of gated residual blocks at three resolutions.
+
+Paper: Salimans, Karpathy, Chen, Kingma 2017, PixelCNN++ (arXiv 1701.05517), sections 2.2 to 2.5 and figure 2. Its
+    likelihood (section 2.1) is one of several that go with it, as with every network here.
+What differs: the last convolution of each block and the upsampling start at zero, which trains at once and stands in
+    for weight normalisation started from a batch of data; the first convolutions are 7 wide, not 3; what one
+    resolution hands to the next finer one is added there to the end of the down pass, where the paper has a block
+    more; any number of blocks. The class enters as in the paper's own code, as a bias before each gate.
+Receptive field: every earlier pixel of images up to 8×8, from n_residual=2 on. Of larger ones the far ends are missed
+    of the own row and of the rows just above, which no coarser pixel covers yet: on 28×28 with n_residual=6 at most
+    42 pixels of 783, on 32×32 with the paper's 32 at most 4. `context` tells.
+Training-mode loss: a likelihood.
+"""
+
+import math
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixelcnn_lit.build import Range
+from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, scale
+
+RESOLUTIONS = 3
+
+
+class PixelCNNPP(nn.Module):
+    """features = Net(x, y), [B,out_channels,H,W], at each pixel a function of the class and strictly earlier pixels.
+
+    Two streams: `u`, downward, sees the rows above; `ul`, downward and rightward, also the pixels to the left in its
+    own row, and reads `u` in every block.
+
+    Args:
+        image_shape, num_classes, levels: facts of the data.
+        out_channels: features per pixel, which the likelihood asks for.
+        hidden_channels, n_residual: width, and number of residual blocks of each stream, dealt to the up and the down
+            pass at full, half and quarter resolution in turn: 6 is one block everywhere, 32 nearly the paper's 5 and 6.
+        conditional: false trains without the class.
+        dropout: rate inside each block.
+    """
+
+    train_is_likelihood = True
+    body: Any
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        levels: int,
+        out_channels: int,
+        hidden_channels: Annotated[int, Range(1)],
+        n_residual: Annotated[int, Range(1, 1000)],
+        conditional: bool = True,
+        dropout: Annotated[float, Range(0, 0.99)] = 0.0,
+    ) -> None:
+        super().__init__()
+        self.levels, self.image_size = levels, tuple(image_shape[1:])
+        self.first_u = ShiftedConv2d(image_shape[0] + 1, hidden_channels, 7)
+        self.first_ul = CausalConv2d(image_shape[0] + 1, hidden_channels, 7, "A")
+        body = None
+        for r in reversed(range(RESOLUTIONS)):
+            n_up, n_down = ((n_residual - 1 - k) // (2 * RESOLUTIONS) + 1 for k in (2 * r, 2 * r + 1))
+            body = Resolution(n_down, n_up, body, hidden_channels, num_classes, conditional, dropout)
+        self.body = body
+        self.out = nn.Conv2d(hidden_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
+        pixels = scale(x, self.levels, like=self.out.weight)
+        u = F.pad(self.first_u(pixels), (0, 0, 1, -1))  # one row down: from here on u[i] sees the rows before i
+        _, ul = self.body(u, self.first_ul(pixels), y)
+        return self.out(F.elu(ul))
+
+    def context(self, i: int, j: int) -> Tensor:
+        """The earlier pixels, bool [H,W], that the features at row i, column j depend on."""
+        seen_ul = torch.zeros(self.image_size, dtype=torch.bool)
+        seen_ul[i, j] = True
+        u, ul = self.body.reach(torch.zeros_like(seen_ul), seen_ul)
+        return self.first_u.reach(F.pad(u, (0, 0, -1, 1)), self.image_size) | self.first_ul.reach(ul)
+
+
+class Resolution(nn.Module):
+    """The blocks of both streams at one resolution, and between their down and up pass the coarser resolutions.
+
+    Why no feature sees too much: s times as coarse as the image, u[I,J] sees only rows before row sI, and ul[I,J] only
+    pixels before (sI, sJ) in raster order. The first convolutions begin so, with s = 1, and all that follow keep it:
+      * a shifted convolution, and what ul reads of u, comes from rows <= I, and in ul from columns <= J;
+      * `shrink` makes (I, J) from rows <= 2I, and in ul from columns <= 2J, whose bound is that of (I, J): s2I = (2s)I;
+      * `grow` makes (i, j) from (i//2, j//2), bound by (2s(i//2), 2s(j//2)), which is (si, sj) or before it: in row
+        si if i is even, above it if i is odd. In u it comes also from column (j+1)//2, for u's columns are free.
+    So nothing is shifted where the resolution changes: a coarse pixel stands at the first of the four that read it.
+    """
+
+    down: Any
+    up: Any
+    coarser: Any
+
+    def __init__(self, n_down: int, n_up: int, coarser: "Resolution | None", channels: int, *own: Any) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(BlockPair(False, channels, *own) for _ in range(n_down))
+        self.up = nn.ModuleList(BlockPair(k >= n_up - n_down, channels, *own) for k in range(n_up))
+        self.coarser = coarser
+        if coarser is not None:
+            self.shrink_u, self.shrink_ul = (ShiftedConv2d(channels, channels, width, stride=2) for width in (3, 2))
+            self.grow_u, self.grow_ul = (Upsampling(channels, width) for width in (3, 2))
+
+    def forward(self, u: Tensor, ul: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """u, ul [B,channels,H,W] -> the same."""
+        inputs = []
+        for block in self.down:
+            inputs.append((u, ul))
+            u, ul = block(u, ul, y)
+        if self.coarser is not None:
+            coarse_u, coarse_ul = self.coarser(self.shrink_u(u), self.shrink_ul(ul), y)
+            height, width = u.shape[2:]
+            u = u + self.grow_u(coarse_u)[:, :, :height, :width]
+            ul = ul + self.grow_ul(coarse_ul)[:, :, :height, :width]
+        for block in self.up:
+            u, ul = block(u, ul, y, *(inputs.pop() if block.has_shortcut else ()))
+        return u, ul
+
+    def reach(self, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs of both streams, bool [H,W], that the outputs in u and ul, bool [H,W], are computed from."""
+        shortcuts = []
+        for block in reversed(self.up):
+            u, ul, *shortcut = block.reach(u, ul)
+            shortcuts.append(shortcut)
+        if self.coarser is not None:
+            coarse_u, coarse_ul = self.coarser.reach(self.grow_u.reach(u), self.grow_ul.reach(ul))
+            u, ul = u | self.shrink_u.reach(coarse_u, u.shape), ul | self.shrink_ul.reach(coarse_ul, ul.shape)
+        paired = zip(self.down, shortcuts, strict=False)  # an odd up block, first in its pass, has none
+        for block, (shortcut_u, shortcut_ul) in reversed(list(paired)):
+            u, ul, *_ = block.reach(u, ul)
+            u, ul = u | shortcut_u, ul | shortcut_ul
+        return u, ul
+
+
+class BlockPair(nn.Module):
+    """A block of each stream; that of ul reads what that of u made. With a short-cut, each reads one more input."""
+
+    def __init__(self, has_shortcut: bool, *own: Any) -> None:
+        super().__init__()
+        self.has_shortcut = has_shortcut
+        self.u, self.ul = GatedBlock(3, int(has_shortcut), *own), GatedBlock(2, 1 + has_shortcut, *own)
+
+    def forward(self, u: Tensor, ul: Tensor, y: Tensor, *shortcut: Tensor) -> tuple[Tensor, Tensor]:
+        """u, ul and the short-cuts of the two [B,channels,H,W] -> the new u, ul."""
+        u = self.u(u, y, *shortcut[:1])
+        return u, self.ul(ul, y, u, *shortcut[1:])
+
+    def reach(self, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the outputs in u and ul are computed from: of u, of ul, and of the short-cut of each."""
+        ul, read_by_ul = self.ul.reach(ul)
+        u, read_by_u = self.u.reach(u | read_by_ul)
+        return u, ul, read_by_u, read_by_ul
+
+
+class GatedBlock(nn.Module):
+    """x + a σ(b), where a, b = conv2(h) + class and h = conv1(x) + Σ conv1×1(aux), each read through concat-ELU.
+
+    Args:
+        width: columns of the kernels, 3 in u and 2 in ul.
+        n_aux: inputs from elsewhere at the same pixel: of the other stream, or by a short-cut.
+    """
+
+    aux: Any
+
+    def __init__(
+        self, width: int, n_aux: int, channels: int, num_classes: int, conditional: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.conv1 = ShiftedConv2d(2 * channels, channels, width)
+        self.aux = nn.ModuleList(nn.Conv2d(2 * channels, channels, 1, bias=False) for _ in range(n_aux))
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = ShiftedConv2d(2 * channels, 2 * channels, width)
+        self.embed = ClassEmbedding(num_classes, 2 * channels, conditional)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor, y: Tensor, *aux: Tensor) -> Tensor:
+        """x and each aux [B,channels,H,W] -> [B,channels,H,W]."""
+        h = self.conv1(concat_elu(x))
+        for conv, other in zip(self.aux, aux, strict=True):
+            h = h + conv(concat_elu(other))
+        h = self.conv2(self.dropout(concat_elu(h)))
+        a, b = (h + self.embed(y).to(h.dtype)).chunk(2, dim=1)  # in h's dtype: bf16 streams stay bf16 under autocast
+        return x + a * b.sigmoid()
+
+    def reach(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """What the outputs in `seen`, bool [H,W], are computed from: of x, and of each aux."""
+        inside = self.conv2.reach(seen, seen.shape)
+        return seen | self.conv1.reach(inside, seen.shape), inside
+
+
+def concat_elu(x: Tensor) -> Tensor:
+    """elu of x and of -x: [B,C,...] -> [B,2C,...] (Shang et al. 2016, arXiv 1603.05201, with ELU)."""
+    return F.elu(torch.cat([x, -x], dim=1), inplace=True)
+
+
+class ShiftedConv2d(nn.Conv2d):
+    """A convolution of two rows, the one above and its own, by `width` columns: 2 reach to the left, 3 or 7 both ways.
+
+    [B,in,H,W] -> [B,out,⌈H/stride⌉,⌈W/stride⌉]. Output (I, J) stands at input (stride I, stride J).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, (2, width), stride, padding=(1, width // 2))
+        nn.init.normal_(self.weight, std=math.sqrt(1.6 / self.weight[0].numel()))  # concat-ELU leaves 1/1.6 of 1
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        height, width = (-(-side // self.stride[0]) for side in input.shape[2:])
+        return super().forward(input)[:, :, :height, :width]  # padding is symmetric; what lies beyond is cut off
+
+    def reach(self, seen: Tensor, size: tuple[int, ...]) -> Tensor:
+        """The inputs, bool [H,W] of `size`, that the outputs in `seen` are computed from."""
+        ones = torch.ones(1, 1, *self.kernel_size)
+        padded = F.pad(seen.to(ones)[None, None], (0, 1, 0, 1))
+        read = F.conv_transpose2d(padded, ones, stride=self.stride, padding=(1, self.kernel_size[1] // 2))
+        return read[0, 0, : size[0], : size[1]] > 0
+
+
+class Upsampling(nn.ConvTranspose2d):
+    """A transposed convolution of stride 2: fine (i, j) reads coarse (i//2, j//2), with width 3 also (i//2, (j+1)//2).
+
+    [B,C,H,W] -> [B,C,2H,2W]. It starts at zero: at first the coarser resolutions add nothing.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        side = width - 2
+        super().__init__(channels, channels, (2, width), stride=2, padding=(0, side), output_padding=(0, side))
+        assert self.bias is not None
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def reach(self, seen: Tensor) -> Tensor:
+        """The inputs, bool [⌈H/2⌉,⌈W/2⌉], that the outputs in `seen`, bool [H,W], are computed from."""
+        ones = torch.ones(1, 1, *self.kernel_size)
+        padded = F.pad(seen.to(ones)[None, None], (0, 1, 0, 1))
+        read = F.conv2d(padded, ones, stride=2, padding=self.padding)
+        return read[0, 0, :, : (seen.shape[1] + 1) // 2] > 0

@@ -1,0 +1,33 @@
+"""PixelCNN++ with more blocks than the laws give it: at each of its six stages, with short-cuts, and an odd one."""
+
+import pytest
+import torch
+from test_laws import check_context, check_no_future, make
+
+
+@pytest.mark.parametrize("n_residual", [3, 6, 7])
+def test_no_stage_sees_the_future(n_residual):
+    for image_shape in ((1, 9, 6), (2, 4, 5), (1, 1, 9), (1, 6, 1)):
+        net, _ = make("pixelcnn_pp", "categorical", image_shape, levels=17, n_residual=n_residual)
+        check_no_future(net, image_shape)
+
+
+@pytest.mark.parametrize("n_residual", [1, 3, 7])
+def test_context_is_what_is_seen(n_residual):
+    net, _ = make("pixelcnn_pp", "categorical", (1, 7, 7), levels=17, n_residual=n_residual)
+    check_context(net)
+
+
+def test_from_two_blocks_on_every_earlier_pixel_of_a_small_image_is_seen():
+    for n_residual in (2, 5, 6):
+        net, _ = make("pixelcnn_pp", "categorical", (1, 8, 8), levels=17, n_residual=n_residual)
+        earlier = torch.ones(64, 64).tril(-1).bool()
+        seen = torch.stack([net.context(p // 8, p % 8).flatten() for p in range(64)])
+        assert torch.equal(seen, earlier)
+
+
+@pytest.mark.parametrize("n_residual", [1, 2, 5, 6, 7])
+def test_every_parameter_is_trained(n_residual):
+    net, _ = make("pixelcnn_pp", "categorical", (1, 5, 6), levels=17, n_residual=n_residual)
+    net(torch.randint(17, (2, 1, 5, 6), dtype=torch.uint8), torch.tensor([0, 1])).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in net.parameters())
