@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, scale
+from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, RowCache, scale
 
 RESOLUTIONS = 3
 
@@ -68,27 +68,61 @@ class PixelCNNPP(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
         pixels = scale(x, self.levels, like=self.out.weight)
-        u = F.pad(self.first_u(pixels), (0, 0, 1, -1))  # one row down: from here on u[i] sees the rows before i
+        u = self.first_u(F.pad(pixels, (0, 0, 1, -1)))  # the image one row down: u[i] sees the rows before i
         _, ul = self.body(u, self.first_ul(pixels), y)
         return self.out(F.elu(ul))
+
+    def init_cache(self, y: Tensor) -> dict[str, Any]:
+        """All storage for stepping through images of the classes y [B]."""
+        first_ul = self.first_ul.cache(len(y), self.image_size[1])
+        pixel = self.out.weight.new_ones(len(y), self.first_ul.weight.shape[1])
+        return {
+            "pixel": pixel,
+            "scaled": pixel[:, :-1],
+            "first_u": self.first_u.cache(len(y), self.image_size[1]),
+            "first_ul": first_ul,
+            "row_above": first_ul.inputs[:, first_ul.side : -first_ul.side, -2].transpose(1, 2)[:, :, None],
+            "body": self.body.init_cache(y, self.image_size[1]),
+            "out": (self.out.bias, self.out.weight[..., 0, 0].T.contiguous()),
+        }
+
+    def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
+        """Features [B,D] at row i, column j, asked for in raster order; equal to `forward` there in eval mode.
+
+        `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied. Where a row
+        begins, u goes through all of it. Coarser resolutions work only where one of their rows or pixels begins.
+        """
+        first_u, first_ul = cache["first_u"], cache["first_ul"]
+        if (i, j) != (0, 0):
+            cache["scaled"].copy_(previous).mul_(2 / (self.levels - 1)).sub_(1)  # `scale`, in place
+            first_ul.put(cache["pixel"], (j - 1) % self.image_size[1])
+        if j == 0:
+            begin_row(i, first_u, first_ul)
+            first_u.put(cache["row_above"])
+            self.body.step_u(cache["body"], first_u.output(), i)
+        ul = self.body.step_ul(cache["body"], first_ul.output(j), i, j)
+        bias, matrix = cache["out"]
+        return torch.addmm(bias, F.elu(ul), matrix)
 
     def context(self, i: int, j: int) -> Tensor:
         """The earlier pixels, bool [H,W], that the features at row i, column j depend on."""
         seen_ul = torch.zeros(self.image_size, dtype=torch.bool)
         seen_ul[i, j] = True
         u, ul = self.body.reach(torch.zeros_like(seen_ul), seen_ul)
-        return self.first_u.reach(F.pad(u, (0, 0, -1, 1)), self.image_size) | self.first_ul.reach(ul)
+        return F.pad(self.first_u.reach(u, u.shape), (0, 0, -1, 1)) | self.first_ul.reach(ul)
 
 
 class Resolution(nn.Module):
     """The blocks of both streams at one resolution, and between their down and up pass the coarser resolutions.
 
-    Why no feature sees too much: s times as coarse as the image, u[I,J] sees only rows before row sI, and ul[I,J] only
-    pixels before (sI, sJ) in raster order. The first convolutions begin so, with s = 1, and all that follow keep it:
-      * a shifted convolution, and what ul reads of u, comes from rows <= I, and in ul from columns <= J;
-      * `shrink` makes (I, J) from rows <= 2I, and in ul from columns <= 2J, whose bound is that of (I, J): s2I = (2s)I;
-      * `grow` makes (i, j) from (i//2, j//2), bound by (2s(i//2), 2s(j//2)), which is (si, sj) or before it: in row
-        si if i is even, above it if i is odd. In u it comes also from column (j+1)//2, for u's columns are free.
+    Why no feature sees too much. Let a pixel here stand for s×s of the image. u[I,J] sees only rows above row sI, and
+    ul[I,J] only pixels before (sI, sJ) in raster order. The first convolutions begin so, with s = 1, and so it stays:
+      * A shifted convolution reads rows <= I, and in ul only columns <= J; of u, ul reads the pixel at the same place.
+      * `shrink` reads, for (I, J) of the next coarser resolution, rows <= 2I here, and in ul only columns <= 2J. What
+        they may see ends at (s 2I, s 2J), and what (I, J) may see there is the same, for its pixels stand for 2s×2s.
+      * `grow` reads, for (i, j) here, (i//2, j//2) there. What that sees ends at (2s (i//2), 2s (j//2)): in row si, no
+        further than column sj, if i is even, and above it if i is odd. In u it reads also (i//2, (j+1)//2), which
+        makes no difference: columns are free in u.
     So nothing is shifted where the resolution changes: a coarse pixel stands at the first of the four that read it.
     """
 
@@ -120,19 +154,63 @@ class Resolution(nn.Module):
             u, ul = block(u, ul, y, *(inputs.pop() if block.has_shortcut else ()))
         return u, ul
 
+    def init_cache(self, y: Tensor, width: int) -> dict[str, Any]:
+        """What stepping through rows of `width` pixels keeps here and at the coarser resolutions."""
+        cache: dict[str, Any] = {"down": [block.init_cache(y, width) for block in self.down]}
+        cache["up"] = [block.init_cache(y, width) for block in self.up]
+        cache["rows"] = [rows for block in cache["down"] + cache["up"] for rows in (*block["u"], *block["ul"])]
+        if self.coarser is not None:
+            cache |= {"shrink_u": self.shrink_u.cache(len(y), width), "shrink_ul": self.shrink_ul.cache(len(y), width)}
+            cache["rows"] += [cache["shrink_u"], cache["shrink_ul"]]
+            cache["coarser"] = self.coarser.init_cache(y, (width + 1) // 2)
+            cache["ul"] = [None] * ((width + 1) // 2)  # per coarse column, what its four pixels read: [B,C,2,2]
+        return cache
+
+    def step_u(self, cache: dict[str, Any], u: Tensor, i: int) -> Tensor:
+        """u at row i, [B,channels,1,W] -> the same."""
+        inputs = []
+        begin_row(i, *cache["rows"])
+        for block, own in zip(self.down, cache["down"], strict=True):
+            inputs.append(u)
+            u = block.step_u(own, u)
+        if self.coarser is not None:
+            cache["shrink_u"].put(u)
+            if i % 2 == 0:
+                coarse = self.coarser.step_u(cache["coarser"], cache["shrink_u"].output(), i // 2)
+                cache["u"] = self.grow_u(coarse)[..., : u.shape[3]]  # two rows
+            u = u + cache["u"][:, :, i % 2, None]
+        for block, own in zip(self.up, cache["up"], strict=True):
+            u = block.step_u(own, u, inputs.pop() if block.has_shortcut else None)
+        return u
+
+    def step_ul(self, cache: dict[str, Any], ul: Tensor, i: int, j: int) -> Tensor:
+        """ul at row i, column j, [B,channels] -> the same."""
+        inputs = []
+        for block, own in zip(self.down, cache["down"], strict=True):
+            inputs.append(ul)
+            ul = block.step_ul(own, ul, j)
+        if self.coarser is not None:
+            cache["shrink_ul"].put(ul, j)
+            if (i % 2, j % 2) == (0, 0):
+                coarse = self.coarser.step_ul(cache["coarser"], cache["shrink_ul"].output(j), i // 2, j // 2)
+                cache["ul"][j // 2] = self.grow_ul(coarse[..., None, None])
+            ul = ul + cache["ul"][j // 2][..., i % 2, j % 2]
+        for block, own in zip(self.up, cache["up"], strict=True):
+            ul = block.step_ul(own, ul, j, inputs.pop() if block.has_shortcut else None)
+        return ul
+
     def reach(self, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs of both streams, bool [H,W], that the outputs in u and ul, bool [H,W], are computed from."""
-        shortcuts = []
+        """The inputs of both streams, bool [H,W], that the outputs in u and ul, bool [H,W], are computed from.
+
+        Short-cuts add none: what the block at their end reads reaches it along the streams, too.
+        """
         for block in reversed(self.up):
-            u, ul, *shortcut = block.reach(u, ul)
-            shortcuts.append(shortcut)
+            u, ul = block.reach(u, ul)
         if self.coarser is not None:
             coarse_u, coarse_ul = self.coarser.reach(self.grow_u.reach(u), self.grow_ul.reach(ul))
             u, ul = u | self.shrink_u.reach(coarse_u, u.shape), ul | self.shrink_ul.reach(coarse_ul, ul.shape)
-        paired = zip(self.down, shortcuts, strict=False)  # an odd up block, first in its pass, has none
-        for block, (shortcut_u, shortcut_ul) in reversed(list(paired)):
-            u, ul, *_ = block.reach(u, ul)
-            u, ul = u | shortcut_u, ul | shortcut_ul
+        for block in reversed(self.down):
+            u, ul = block.reach(u, ul)
         return u, ul
 
 
@@ -149,11 +227,29 @@ class BlockPair(nn.Module):
         u = self.u(u, y, *shortcut[:1])
         return u, self.ul(ul, y, u, *shortcut[1:])
 
-    def reach(self, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the outputs in u and ul are computed from: of u, of ul, and of the short-cut of each."""
-        ul, read_by_ul = self.ul.reach(ul)
-        u, read_by_u = self.u.reach(u | read_by_ul)
-        return u, ul, read_by_u, read_by_ul
+    def init_cache(self, y: Tensor, width: int) -> dict[str, Any]:
+        cache: dict[str, Any] = {"u": self.u.init_cache(y, width), "ul": self.ul.init_cache(y, width)}
+        if self.has_shortcut:
+            cache["shortcut"] = self.ul.aux[1].weight[..., 0, 0].T.contiguous()
+        return cache
+
+    def step_u(self, cache: dict[str, Any], u: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """u and its short-cut of a whole row, [B,channels,1,W] -> the new u."""
+        u = self.u.step(cache["u"], u, 0 if shortcut is None else self.u.aux[0](concat_elu(shortcut)))
+        cache["ul_reads"] = self.ul.aux[0](concat_elu(u))[:, :, 0].unbind(-1)  # a column each, [B,channels]
+        return u
+
+    def step_ul(self, cache: dict[str, Any], ul: Tensor, j: int, shortcut: Tensor | None = None) -> Tensor:
+        """ul and its short-cut at column j, [B,channels] -> the new ul."""
+        read = cache["ul_reads"][j]
+        if shortcut is not None:
+            read = torch.addmm(read, concat_elu(shortcut), cache["shortcut"])
+        return self.ul.step(cache["ul"], ul, read, j)
+
+    def reach(self, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor]:
+        """What of u and of ul the outputs in u and ul, bool [H,W], are computed from."""
+        ul, read = self.ul.reach(ul)
+        return self.u.reach(u | read)[0], ul
 
 
 class GatedBlock(nn.Module):
@@ -186,6 +282,19 @@ class GatedBlock(nn.Module):
         a, b = (h + self.embed(y).to(h.dtype)).chunk(2, dim=1)  # in h's dtype: bf16 streams stay bf16 under autocast
         return x + a * b.sigmoid()
 
+    def init_cache(self, y: Tensor, width: int) -> tuple[Any, Any]:
+        conv1, conv2 = self.conv1.cache(len(y), width), self.conv2.cache(len(y), width)
+        conv2.bias = conv2.bias + self.embed(y)[..., 0, 0]
+        return conv1, conv2
+
+    def step(self, cache: tuple[Any, Any], x: Tensor, read: Tensor | int, j: int = 0) -> Tensor:
+        """`forward` at column j, [B,channels], or in u of a whole row, [B,channels,1,W]; `read` is Σ conv1×1(aux)."""
+        conv1, conv2 = cache
+        conv1.put(concat_elu(x), j)
+        conv2.put(concat_elu(conv1.output(j) + read), j)
+        a, b = conv2.output(j).chunk(2, dim=1)
+        return x + a * b.sigmoid()
+
     def reach(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """What the outputs in `seen`, bool [H,W], are computed from: of x, and of each aux."""
         inside = self.conv2.reach(seen, seen.shape)
@@ -205,7 +314,8 @@ class ShiftedConv2d(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, width: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, (2, width), stride, padding=(1, width // 2))
-        nn.init.normal_(self.weight, std=math.sqrt(1.6 / self.weight[0].numel()))  # concat-ELU leaves 1/1.6 of 1
+        fan_in = self.weight[0].numel() * 0.645  # concat-ELU keeps so much of the mean square of a normal
+        nn.init.normal_(self.weight, std=1 / math.sqrt(fan_in))
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
@@ -213,12 +323,49 @@ class ShiftedConv2d(nn.Conv2d):
         height, width = (-(-side // self.stride[0]) for side in input.shape[2:])
         return super().forward(input)[:, :, :height, :width]  # padding is symmetric; what lies beyond is cut off
 
+    def cache(self, batch: int, width: int) -> "RowCache | WholeRows":
+        """What computes this convolution of a row of `width`: pixel by pixel in ul, the row at once in u."""
+        if self.kernel_size[1] > 2:
+            return WholeRows(self, batch, width)
+        assert self.bias is not None
+        return RowCache(self.weight, self.bias, torch.ones_like(self.weight[:1, :1]), batch, width)
+
     def reach(self, seen: Tensor, size: tuple[int, ...]) -> Tensor:
         """The inputs, bool [H,W] of `size`, that the outputs in `seen` are computed from."""
         ones = torch.ones(1, 1, *self.kernel_size)
         padded = F.pad(seen.to(ones)[None, None], (0, 1, 0, 1))
         read = F.conv_transpose2d(padded, ones, stride=self.stride, padding=(1, self.kernel_size[1] // 2))
         return read[0, 0, : size[0], : size[1]] > 0
+
+
+class WholeRows:
+    """A ShiftedConv2d of u computed a row at a time, used like a RowCache, whose column is of no matter here."""
+
+    def __init__(self, conv: ShiftedConv2d, batch: int, width: int) -> None:
+        assert conv.bias is not None
+        self.weight, self.bias, self.stride, self.side = conv.weight, conv.bias, conv.stride, conv.kernel_size[1] // 2
+        self.inputs = conv.weight.new_zeros(batch, conv.in_channels, 2, width)
+
+    def reset(self) -> None:
+        self.inputs.zero_()
+
+    def new_row(self) -> None:
+        self.inputs[:, :, 0] = self.inputs[:, :, 1]
+
+    def put(self, x: Tensor, j: int = 0) -> None:
+        """The input of the row, [B,in,1,W]."""
+        self.inputs[:, :, 1:] = x
+
+    def output(self, j: int = 0) -> Tensor:
+        """The convolution of the row: [B,out,1,⌈W/stride⌉]."""
+        bias = self.bias[..., None, None]  # [out] or [B,out]
+        return F.conv2d(self.inputs, self.weight, stride=self.stride, padding=(0, self.side)) + bias
+
+
+def begin_row(i: int, *caches: RowCache | WholeRows) -> None:
+    """What was the current row becomes the one above; above row 0 there is nothing, whatever image came before."""
+    for rows in caches:
+        rows.new_row() if i else rows.reset()
 
 
 class Upsampling(nn.ConvTranspose2d):
