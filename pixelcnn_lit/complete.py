@@ -85,9 +85,10 @@ def conditional_bpd(model: DensityModel, x: Tensor, y: list[int], known: Tensor)
     """Bits per dimension of the pixels of x [K,n,C,H,W] that are not known, given those that are and the classes."""
     nats = []
     for images, label in zip(x.to(model.device), y, strict=True):
-        features = model.net(images, torch.full((len(images),), label, device=model.device))
-        nats.append(-model.likelihood.log_prob(features, images)[..., ~known].cpu().double().mean())
-    return bits(float(torch.stack(nats).mean()))
+        for some in images.split(64):
+            features = model.net(some, torch.full((len(some),), label, device=model.device))
+            nats.append(-model.likelihood.log_prob(features, some)[..., ~known].cpu().double())
+    return bits(float(torch.cat(nats).mean()))
 
 
 def test_images(ckpt: str, model: DensityModel, dataset: dict[str, Any], n: int) -> tuple[Tensor, list[int]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pixelcnn_lit.checkpoints import write_weights
 from pixelcnn_lit.command import command, shown
+from pixelcnn_lit.data.module import plain_name
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import load
 
@@ -15,6 +16,7 @@ def main(ckpt: str, out: str) -> None:
     model = load(ckpt)
     # Where the data lay is an affair of the machine it was trained on.
     dataset = {key: value for key, value in model.hparams["dataset"].items() if key not in ("root", "path")}
+    dataset["name"] = plain_name(dataset["name"])
     write_weights(Path(out), model.state_dict(), dict(model.hparams) | {"dataset": dataset})
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters of {model.hparams['label']}: {shown(out)}")
 

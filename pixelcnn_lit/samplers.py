@@ -59,7 +59,7 @@ class Conditioned:
 
     def logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
         """log p(x_c | x_<c, earlier pixels) up to a constant: features of `rows`, x [B,C,...] -> [B,V,...], float64."""
-        logits = self.likelihood.channel_logits(features, self.rows(x), c).to(self.noise_device, torch.float64)
+        logits = self.likelihood.channel_logits(features, self.rows(x), c).to(self.noise_device).double()
         if not self.twice:
             return logits
         wanted, other = logits.chunk(2)
@@ -77,7 +77,7 @@ def walk(
     stepwise: bool = True,
     watch: Watch | None = None,
     pixels: int | None = None,
-) -> Tensor:
+) -> None:
     """Go through the pixels in raster order, or the first so many, and fill `canvas` uint8 [B,C,H,W] in place.
 
     `pick(logits [B,V], c, i, j)` returns the level [B] of channel c at row i, column j. The network, in eval mode,
@@ -94,7 +94,6 @@ def walk(
         previous = pixel
         if watch:
             watch()
-    return canvas
 
 
 def _evaluator(target: Conditioned, canvas: Tensor) -> Callable[[Tensor, int, int], Tensor]:
@@ -237,7 +236,7 @@ def draw(
     *,
     method: Literal["naive", "cached", "fixed_point"] = "cached",
     n_per_class: Annotated[int, Range(1)] = 1,
-    seed: Annotated[int, Range(0)] = 0,
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0,
     temperature: Annotated[float, Range(0.001)] = 1.0,
     top_k: Annotated[int | None, Range(1)] = None,
     top_p: Annotated[float, Range(0.001, 1)] = 1.0,
@@ -281,9 +280,10 @@ def draw(
 
 def _noise(request: Request, n_per_class: int, seed: int) -> Tensor:
     """float64 [K*n_per_class,C,H,W]; where a class is asked for again, its numbers go on."""
+    # The last number of a key sets it apart from shorter ones, which numpy fills up with zeros.
     drawn, u = Counter[int](), []
     for label in request.y.repeat_interleave(n_per_class).tolist():
-        u.append(uniform((seed, label, drawn[label]), request.image_shape))
+        u.append(uniform((seed, label, drawn[label], 1), request.image_shape))
         drawn[label] += 1
     return torch.stack(u)
 

@@ -8,6 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
+from torch.nn.utils import parametrize
 
 from pixelcnn_lit.build import build
 from pixelcnn_lit.command import CONF
@@ -75,6 +76,8 @@ def redraw(module: nn.Module, seed: int = 0) -> None:
             layer.running_var.normal_(generator=generator).square_().add_(0.5)
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
+        if parametrize.is_parametrized(layer, "weight"):
+            layer.parametrizations.weight.original1 /= 8  # the size of ordinal rows' cosines
 
 
 def every_image(image_shape: tuple[int, ...], levels: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ from test_laws import check_context, check_no_future, redraw
 
 from pixelcnn_lit.command import CONF
 from pixelcnn_lit.data.module import ImageData
+from pixelcnn_lit.likelihoods import Categorical
+from pixelcnn_lit.samplers import Request, draw
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -51,6 +53,12 @@ def test_the_network_of_the_readme_keeps_the_laws():
         check_no_future(net, image_shape)
         if image_shape == (1, 7, 7):
             check_context(net)
+        inside = Categorical(image_shape, 17, width=8, ordinal=True).double()
+        net = python_example("class RowCNN")["RowCNN"](
+            image_shape=image_shape, **sizes | {"out_channels": inside.out_channels}
+        )
+        request = Request(net.double(), inside, torch.tensor([0, 2]), image_shape, 3, [0, 2])
+        assert torch.equal(draw(request, method="cached"), draw(request, method="naive"))  # it has no step
 
 
 def test_the_dataset_of_the_readme_is_served():

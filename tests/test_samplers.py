@@ -6,7 +6,7 @@ from test_laws import NETWORKS, PAIRS, make
 
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.noise import uniform
-from pixelcnn_lit.samplers import Conditioned, Request, draw, evaluating, fixed_point, inverse_cdf, sharpened
+from pixelcnn_lit.samplers import Conditioned, Request, _noise, draw, evaluating, fixed_point, inverse_cdf, sharpened
 
 SHAPE = (3, 4, 5)
 METHODS = ("naive", "cached", "fixed_point")
@@ -22,6 +22,13 @@ def test_noise_is_a_function_of_its_key():
     assert torch.equal(uniform((0, 5), (1, 3, 3)), uniform((0, 5), (1, 3, 3)))
     assert uniform((0, 5), (1, 3, 3)).dtype == torch.float64
     assert not torch.equal(uniform((0, 5), (1, 3, 3)), uniform((5, 0), (1, 3, 3)))
+
+
+def test_the_noise_of_no_image_is_that_of_another_or_of_a_binarized_one():
+    """numpy fills short keys up with zeros, and takes numbers beyond 32 bits for two."""
+    request = Request(torch.nn.Module(), None, torch.tensor([5, 0, 5]), (1, 2, 2), 9, [0, 5])
+    noises = [*_noise(request, 2, seed=0), *_noise(request, 2, seed=5), uniform((0, 5), (1, 2, 2))]
+    assert len(torch.stack(noises).unique(dim=0)) == len(noises)
 
 
 def test_inverse_cdf_draws_each_level_as_often_as_its_probability():
@@ -45,10 +52,7 @@ STEERED = [
 def test_law_5_naive_cached_and_fixed_point_draw_the_same_image(network, likelihood, steer):
     for shape, y in ((SHAPE, [0, 1, 2]), ((1, 8, 8), [3])):
         net, inside = make(network, likelihood, shape, levels=17, num_classes=4)
-        naive, cached, fixed = (
-            drawn(net, inside, y, shape, method=method, seed=7, **steer)
-            for method in ("naive", "cached", "fixed_point")
-        )
+        naive, cached, fixed = (drawn(net, inside, y, shape, method=method, seed=7, **steer) for method in METHODS)
         assert torch.equal(naive, cached)
         assert torch.equal(naive, fixed)
         assert not torch.equal(naive, drawn(net, inside, y, shape, seed=8, **steer))
@@ -57,7 +61,7 @@ def test_law_5_naive_cached_and_fixed_point_draw_the_same_image(network, likelih
 @pytest.mark.parametrize(("network", "likelihood"), PAIRS)
 def test_an_image_does_not_depend_on_its_batch_or_on_the_training_mode(network, likelihood):
     net, inside = make(network, likelihood, SHAPE, levels=17, num_classes=4)
-    for method in ("naive", "cached", "fixed_point"):
+    for method in METHODS:
         three = drawn(net.eval(), inside, [0, 1, 2], seed=7, method=method)
         assert torch.equal(drawn(net, inside, [1], seed=7, method=method), three[1:2])
         assert torch.equal(drawn(net, inside, [2, 1], seed=7, n_per_class=2, method=method)[::2], three[[2, 1]])
@@ -92,10 +96,7 @@ def test_law_5_step_equals_forward(network, dtype, tolerance, device_column):
                 for j in range(shape[2]):
                     if device_column:
                         cache["column"].fill_(j)
-                    told = (
-                        (0, min(j, 1)) if device_column and (i or j) and getattr(net, "replayable", False) else (i, j)
-                    )
-                    told = told if j or not device_column else (i, j)
+                    told = (0, 1) if device_column and j else (i, j)
                     error = net.step(cache, previous, *told) - features[:, :, i, j]
                     assert error.abs().max() <= tolerance * features.abs().max()
                     previous = x[:, :, i, j]
@@ -111,7 +112,7 @@ def test_each_value_is_the_inverse_cdf_of_its_noise_given_the_finished_image(net
     x = drawn(net, inside, [2, 3], seed=1, temperature=temperature)
     features = net(x, y)
     for n in range(2):
-        u = uniform((1, n + 2, 0), SHAPE)
+        u = uniform((1, n + 2, 0, 1), SHAPE)
         for c in range(3):
             logits = inside.channel_logits(features, x, c)[n].flatten(1).T / temperature  # [HW,V]
             assert torch.equal(inverse_cdf(logits, u[c].flatten()), x[n, c].flatten().long())
@@ -153,7 +154,7 @@ def test_guidance_of_a_model_that_never_saw_no_class_is_refused():
             drawn(net, inside, [0], known_classes=[0, 1, 2, 3], **own)
 
 
-@pytest.mark.parametrize("method", ["naive", "cached", "fixed_point"])
+@pytest.mark.parametrize("method", METHODS)
 def test_known_pixels_stay_to_the_bit_and_are_what_the_others_follow(method):
     net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
     image = torch.randint(17, (2, *SHAPE), dtype=torch.uint8)
@@ -208,7 +209,7 @@ def test_the_network_runs_once_a_pixel_and_not_once_a_channel():
         assert len(calls) == 4 * 5
 
 
-@pytest.mark.parametrize("method", ["naive", "cached", "fixed_point"])
+@pytest.mark.parametrize("method", METHODS)
 def test_each_pixel_or_evaluation_is_watched(method):
     net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
     seen = []
@@ -259,7 +260,10 @@ def test_law_5_on_a_gpu_where_steps_are_replayed(network):
     facts = SHAPE, 4, [0, 1, 2, 3, 4]
     for method in METHODS:
         request = Request(net.cuda(), inside.cuda(), torch.tensor([0, 1], device="cuda"), *facts)
-        assert torch.equal(draw(request, n_per_class=3, method=method).flatten(0, 1).cpu(), on_cpu)
+        for own in ({}, {"batch_size": 4}):
+            assert torch.equal(draw(request, n_per_class=3, method=method, **own).flatten(0, 1).cpu(), on_cpu)
+    guided = draw(request, method="cached", guidance_scale=2.0)
+    assert torch.equal(guided, draw(request, method="naive", guidance_scale=2.0))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -229,11 +229,13 @@ def test_a_completion_that_cannot_be_gets_one_line(run, monkeypatch, tmp_path, a
 def test_exported_weights_draw_the_same_and_say_nothing_of_the_machine(run, monkeypatch, tmp_path):
     best, out = str(run / "checkpoints" / "best.ckpt"), str(tmp_path / "x.safetensors")
     hparams = load(best).hparams
-    model = DensityModel(**hparams | {"dataset": hparams["dataset"] | {"root": "/home/me", "path": "/home/me/x.npz"}})
+    places = {"root": "/home/me", "path": "/home/me/x.npz", "name": "/home/me/x.npz"}
+    model = DensityModel(**hparams | {"dataset": hparams["dataset"] | places})
     model.load_state_dict(load(best).state_dict())
     monkeypatch.setattr(pixelcnn_lit.export, "load", lambda ckpt: model)
     command(monkeypatch, pixelcnn_lit.export.main, f"ckpt={best}", f"out={out}")
-    assert load(out).hparams["dataset"] == hparams["dataset"]
+    assert load(out).hparams["dataset"] == hparams["dataset"] | {"name": "x"}
+    assert b"/home/me" not in Path(out).read_bytes()
     sampler = {"_target_": "pixelcnn_lit.samplers.draw"}
     assert torch.equal(load(out).draw(sampler), load(best).draw(sampler))
 

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning as L
@@ -110,7 +111,11 @@ class ImageData(L.LightningDataModule):
             (self.random_crop, f"trained with crops of {self.random_crop}"),
         ]
         return ", ".join(
-            [f"{self.title} {channels}×{height}×{width}", f"{self.levels} levels", *(t for on, t in changes if on)]
+            [
+                f"{plain_name(self.title)} {channels}×{height}×{width}",
+                f"{self.levels} levels",
+                *(t for on, t in changes if on),
+            ]
         )
 
     def train_dataloader(self) -> each.LazyLoader:
@@ -136,6 +141,11 @@ class ImageData(L.LightningDataModule):
         return each.Batches(
             len(split), self.batch_size // world, shuffle=shuffle, seed=self.seed, rank=rank, world=world
         )
+
+
+def plain_name(name: str) -> str:
+    """A dataset's name as results carry it; where it is a path, as of npz files and folders, its last part."""
+    return Path(name).name.removesuffix(".npz")
 
 
 def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:

@@ -52,8 +52,9 @@ class CausalConv2d(nn.Module):
 
     def reach(self, seen: Tensor) -> Tensor:
         """The inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""
-        below = F.pad(seen.to(self.mask)[None, None], (0, 0, 0, self.rows - 1))
-        return F.conv_transpose2d(below, self.mask, padding=(self.rows - 1, self.side))[0, 0] > 0
+        mask = self.mask.cpu()
+        below = F.pad(seen.to(mask)[None, None], (0, 0, 0, self.rows - 1))
+        return F.conv_transpose2d(below, mask, padding=(self.rows - 1, self.side))[0, 0] > 0
 
 
 class RowCache:
