@@ -1,6 +1,7 @@
 """Everything that happens inside one pixel: from a network's features to the probability of its channels."""
 
 import math
+from collections.abc import Callable
 from itertools import combinations
 from typing import Annotated, Literal
 
@@ -80,13 +81,11 @@ class OrdinalRows(nn.Module):
     out of reach. A parametrisation, as torch calls it: `parametrize.cached()` computes the sum only once.
     """
 
-    cosines: Tensor
-
     def __init__(self, levels: int) -> None:
         super().__init__()
         k = torch.arange(1, min(32, levels - 1) + 1)
         angles = math.pi / levels * (torch.arange(levels)[:, None] + 0.5) * k
-        self.register_buffer("cosines", 8 / k * angles.cos(), persistent=False)
+        self.cosines = 8 / k * angles.cos()
 
     def forward(self, free: Tensor, smooth: Tensor) -> Tensor:
         return free + self.cosines @ smooth
@@ -97,6 +96,11 @@ class OrdinalRows(nn.Module):
         smooth = torch.randn(self.cosines.shape[1], weight.shape[1], device=weight.device)
         return torch.zeros_like(weight), smooth * weight.std() / gain
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts the cosines with the rest. As a buffer they would be averaged by an EMA, and so rounded."""
+        self.cosines = fn(self.cosines)
+        return super()._apply(fn, recurse)
+
 
 class LogisticMixture(nn.Module):
     """A mixture of K discretised logistics: p(x) = sum_k pi_k prod_c P(x_c | mean_ck, scale_ck).
@@ -106,7 +110,7 @@ class LogisticMixture(nn.Module):
     mean_ck + sum_{b<c} a_bck x_b, all on the scale on which levels are [-1, 1]. The weights pi_k belong to the pixel
     and not to a channel, so p(x_c | x_<c) is again a mixture, in which component k counts as much as it explains x_<c.
     Salimans et al. 2017, PixelCNN++ (arXiv 1701.05517), equations 1 to 3. What differs: every mass is exact, and not a
-    density times a width where it is small, so they sum to 1; features of zero are components spread over all levels.
+    density times a width where it is small, so they sum to 1; features of zero are components spread over the greys.
     a_bck is the tanh of a feature, as published: in bf16 it is then finest near 1, where "as much as red" lies.
 
     Args:
@@ -114,23 +118,17 @@ class LogisticMixture(nn.Module):
         n_mixtures: K.
     """
 
-    start: Tensor
-
     def __init__(
         self, image_shape: tuple[int, int, int], levels: int, n_mixtures: Annotated[int, Range(1, 1000)] = 10
     ) -> None:
         super().__init__()
         self.channels, self.levels, self.n_mixtures = image_shape[0], levels, n_mixtures
         self.pairs = list(combinations(range(self.channels), 2))
-        groups = 1 + 2 * self.channels + len(self.pairs)  # of K features: weights, means, log-scales, coefficients
-        self.out_channels = groups * n_mixtures
+        self.groups = 1 + 2 * self.channels + len(self.pairs)  # of K features: weights, means, log-scales, coefficients
+        self.out_channels = self.groups * n_mixtures
         # As published, -7 at 256 levels: a bin is at most 8.6 scales wide, and holds at most 0.97 of a logistic. Below
         # it nothing is gained, and gradients, which go with 1/scale, blow up. Above the ceiling masses underflow.
         self.floor, self.ceiling = math.log(2 / (levels - 1)) - 2.15, 5.0
-        start = torch.zeros(groups, n_mixtures)
-        start[1 : 1 + self.channels] = (2 * torch.arange(n_mixtures) + 1) / n_mixtures - 1
-        start[1 + self.channels : 1 + 2 * self.channels] = math.log(max(1 / (n_mixtures + 1), 1 / (levels - 1)))
-        self.register_buffer("start", start, persistent=False)
 
     def channel_logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
         """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32."""
@@ -155,8 +153,20 @@ class LogisticMixture(nn.Module):
 
     def _groups(self, features: Tensor) -> tuple[Tensor, ...]:
         """Features [B,D,...] as groups [B,...,K], which channels-last memory has side by side."""
-        h = features.movedim(1, -1).unflatten(-1, (-1, self.n_mixtures))
-        return (h + self.start.to(torch.promote_types(h.dtype, torch.float32))).unbind(-2)
+        h = features.movedim(1, -1).unflatten(-1, (self.groups, self.n_mixtures))
+        return (h + self.start(h.device, torch.promote_types(h.dtype, torch.float32))).unbind(-2)
+
+    def start(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The groups, [D/K,K], of features that are zero: equal weights, means side by side, scales that just overlap.
+
+        Not a buffer, which an EMA would average, and so round.
+        """
+        start = torch.zeros(self.groups, self.n_mixtures, device=device, dtype=dtype)
+        last = 1 - 1 / self.n_mixtures
+        means, log_scales = start[1 : 1 + 2 * self.channels].chunk(2)
+        means.copy_(torch.linspace(-last, last, self.n_mixtures, device=device, dtype=dtype))
+        log_scales.fill_(math.log(max(1 / (self.n_mixtures + 1), 1 / (self.levels - 1))))
+        return start
 
     def _logistic(self, groups: tuple[Tensor, ...], x: Tensor, c: int) -> tuple[Tensor, Tensor]:
         """Mean and log-scale of channel c given the channels before it, [B,...,K]."""

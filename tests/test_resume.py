@@ -110,6 +110,7 @@ VARIANTS = {
     "the same by steps": ["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4", "trainer.max_steps=18"],
     "stopped by max_steps": ["trainer.max_steps=13"],
     "no scheduler": ["~scheduler"],
+    "another likelihood": ["likelihood=logistic_mixture"],
     "longer epochs": ["trainer.limit_train_batches=1.0", "dataset.batch_size=256", *PLATEAU],
 }
 
@@ -156,6 +157,7 @@ def whole(tmp_path_factory):
         ("stopped by max_steps", "training_step", 11),
         ("stopped by max_steps", "validation_step", 5),
         ("no scheduler", "training_step", 8),
+        ("another likelihood", "training_step", 8),
         ("longer epochs", "training_step", 6),
     ],
 )
