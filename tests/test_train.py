@@ -369,6 +369,14 @@ def test_the_learning_rate_is_that_of_onecycle_where_that_is_defined():
     assert rates[0] == pytest.approx(rates[1], abs=1e-5)
 
 
+def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
+    race = ["experiment=mnist_race", "dataset=digits", "model_size=tiny", "trainer.max_time=00:00:00:01"]
+    command(monkeypatch, pixelcnn_lit.train.main, *race, f"run_dir={tmp_path}")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["val/images"] == result["test/images"] == 250
+    assert result["epochs"] < 1000
+
+
 @pytest.mark.parametrize("likelihood", ["categorical", "categorical_independent", "logistic_mixture"])
 def test_a_colour_model_trains_is_scored_and_draws(tmp_path, monkeypatch, likelihood):
     rng = np.random.default_rng(0)
