@@ -260,6 +260,7 @@ def draw(
     if method == "cached" and not hasattr(net, "step"):
         method = "fixed_point"
     y, u = request.y.repeat_interleave(n_per_class), _noise(request, n_per_class, seed)
+    image = None if request.image is None else request.image.repeat_interleave(n_per_class, 0)
     canvas = torch.zeros(u.shape, dtype=torch.uint8, device=y.device)
     images = canvas.unflatten(0, (-1, n_per_class))
     plainly = torch.autocast(y.device.type, enabled=False)
@@ -267,7 +268,7 @@ def draw(
         for first in range(0, len(y), batch_size):
             part = slice(first, first + batch_size)
             target = Conditioned(net, likelihood, y[part], request.num_classes, guidance_scale, mix_with, mix_weight)
-            kept = None if request.image is None else request.image.repeat_interleave(n_per_class, 0)[part]
+            kept = None if image is None else image[part]
             noise = u[part].to(target.noise_device)
             pick = picker(noise, kept, request.known, temperature=temperature, top_k=top_k, top_p=top_p)
             watch = partial(_watched, bar, len(noise), request.watch, images)

@@ -77,32 +77,32 @@ class PixelAttention(nn.Module):
         before = F.pad(pixels.flatten(2), (1, -1)).view_as(pixels)  # in raster order, over the ends of rows
         h = self.first(pixels) + self.before(before)
         h = h + (self.embed(y) + self.positions()).to(h.dtype)
-        for k, block in enumerate(self.blocks):
-            for attention in self._attention(k):
-                h = attention(h)
-            h = block(h)
+        for layer in self.layers():
+            h = layer(h)
         return self.last(h)
 
     def positions(self) -> Tensor:
         """[channels,H,W]."""
         return self.row[:, :, None] + self.column[:, None]
 
-    def _attention(self, k: int) -> list[Any]:
-        """The attention layers that stand before block k."""
-        return [layer for layer, place in zip(self.attention, self.attend_before, strict=True) if place == k]
+    def layers(self) -> list[Any]:
+        """Blocks, and before some of them attention, in the order of `forward`."""
+        attention = [(place, 0, layer) for place, layer in zip(self.attend_before, self.attention, strict=True)]
+        blocks = [(k, 1, layer) for k, layer in enumerate(self.blocks)]
+        return [layer for *_, layer in sorted([*attention, *blocks], key=lambda entry: entry[:2])]
 
     def init_cache(self, y: Tensor) -> dict[str, Any]:
         """All storage for stepping through images of the classes y [B]."""
         size = len(y), self.image_size[1]
         first = ImageRows(self.first, self.levels, *size)
-        blocks, last = [block.init_cache(*size) for block in self.blocks], self.last.init_cache(*size)
-        tokens = self.image_size[0] * self.image_size[1]
+        tokens, last = self.image_size[0] * self.image_size[1], self.last.init_cache(*size)
+        blocks = {block: block.init_cache(*size) for block in self.blocks}
+        attention = {layer: layer.init_cache(len(y), tokens) for layer in self.attention}
         return {
             "first": first,
-            "blocks": blocks,
+            "layers": [(layer, (attention | blocks)[layer], layer in attention) for layer in self.layers()],
             "last": last,
-            "rows": [first, *chain(*blocks, last)],
-            "attention": [layer.init_cache(len(y), tokens) for layer in self.attention],
+            "rows": [first, *chain(*blocks.values(), last)],
             "start": (self.embed(y) + self.positions()).flatten(2).permute(2, 0, 1).contiguous(),  # [HW,B,channels]
             "before": self.before.weight[..., 0, 0].T.contiguous(),
         }
@@ -125,12 +125,8 @@ class PixelAttention(nn.Module):
         if p:
             scaled = torch.cat([first.values * (2 / (self.levels - 1)) - 1, first.pixel[:, -1:]], dim=1)
             h.addmm_(scaled, cache["before"])
-        attention = iter(zip(self.attention, cache["attention"], strict=True))
-        for k, (block, rows) in enumerate(zip(self.blocks, cache["blocks"], strict=True)):
-            for _ in self._attention(k):
-                layer, tokens = next(attention)
-                h = layer.step(tokens, h, p)
-            h = block.step(rows, h, j)
+        for layer, own, attends in cache["layers"]:
+            h = layer.step(own, h, p if attends else j)
         return self.last.step(cache["last"], h, j)
 
     def context(self, i: int, j: int) -> Tensor:
