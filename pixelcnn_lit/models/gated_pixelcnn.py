@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.layers import ChannelNorm, ClassEmbedding, RowCache, scale
+from pixelcnn_lit.models.layers import ChannelNorm, ClassEmbedding, RowCache, scale, scale_into
 
 
 class GatedPixelCNN(nn.Module):
@@ -102,7 +102,7 @@ class GatedPixelCNN(nn.Module):
             for held in cache["layers"]:
                 held.rows.zero_()
         else:
-            cache["scaled"].copy_(previous).mul_(2 / (self.levels - 1)).sub_(1)  # `scale`, in place
+            scale_into(cache["scaled"], previous, self.levels)
             image.put(cache["pixel"], (column - 1) % self.image_size[1])
         if j == 0:
             v = cache["row"]

@@ -17,6 +17,11 @@ def scale(x: Tensor, levels: int, like: Tensor) -> Tensor:
     return torch.cat([scaled, torch.ones_like(scaled[:, :1])], dim=1)
 
 
+def scale_into(values: Tensor, pixel: Tensor, levels: int) -> None:
+    """`scale` of one pixel, uint8 [B,C], without its ones, into `values` [B,C]."""
+    values.copy_(pixel).mul_(2 / (levels - 1)).sub_(1)
+
+
 class CausalConv2d(nn.Module):
     """A masked k×k convolution (van den Oord et al. 2016, Pixel Recurrent Neural Networks, section 3.4).
 

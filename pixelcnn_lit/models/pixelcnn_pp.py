@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, RowCache, scale
+from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, RowCache, scale, scale_into
 
 RESOLUTIONS = 3
 
@@ -94,7 +94,7 @@ class PixelCNNPP(nn.Module):
         """
         first_u, first_ul = cache["first_u"], cache["first_ul"]
         if (i, j) != (0, 0):
-            cache["scaled"].copy_(previous).mul_(2 / (self.levels - 1)).sub_(1)  # `scale`, in place
+            scale_into(cache["scaled"], previous, self.levels)
             first_ul.put(cache["pixel"], (j - 1) % self.image_size[1])
         if j == 0:
             begin_row(i, first_u, first_ul)
