@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.checkpoints import write_text
 from pixelcnn_lit.command import command, run_dir, shown
+from pixelcnn_lit.fronts import fronts
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.samplers import Conditioned, evaluating, fixed_point, picker, walk
@@ -126,10 +127,12 @@ def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> d
     )
     pick = picker(torch.rand(x.shape, dtype=torch.float64, device=target.noise_device))
     some = min(NAIVE_PIXELS, pixels)
-    evaluations = {"one forward": 1, "naive": pixels, "cached": pixels, "cached, bf16": pixels}
+    width = x.shape[3]
+    steps = sum(1 for _ in fronts(x.shape[2], width, getattr(net, "skew", width)))
+    evaluations = {"one forward": 1, "naive": pixels, "cached": steps, "cached, bf16": steps}
     timed: Timed = {
         "one forward": lambda: net(x, y),
-        "naive": lambda: walk(target, pick, canvas, stepwise=False, pixels=some),
+        "naive": lambda: walk(target, pick, canvas, stepwise=False, steps=some),
     }
     if hasattr(net, "step"):
         timed |= {"cached": lambda: walk(target, pick, canvas), "cached, bf16": lambda: walk(half, pick, canvas)}

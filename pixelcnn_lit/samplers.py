@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,10 +22,11 @@ from tqdm.auto import tqdm
 
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.fronts import Front, fronts
 from pixelcnn_lit.noise import uniform
 
 Pick = Callable[..., Tensor]
-Watch = Callable[[], None]
+Watch = Callable[[int], None]
 
 
 class Conditioned:
@@ -76,36 +78,46 @@ def walk(
     *,
     stepwise: bool = True,
     watch: Watch | None = None,
-    pixels: int | None = None,
+    steps: int | None = None,
 ) -> None:
-    """Go through the pixels in raster order, or the first so many, and fill `canvas` uint8 [B,C,H,W] in place.
+    """Go through the pixels, or the first so many steps, and fill `canvas` uint8 [B,C,H,W] in place.
 
-    `pick(logits [B,V], c, i, j)` returns the level [B] of channel c at row i, column j. The network, in eval mode,
-    runs once a pixel: on the pixel alone where `stepwise`, else on the whole image. `watch()` is called after each.
+    The network, in eval mode, runs once a step: in raster order, on the whole image; or, `stepwise`, on the pixel
+    alone, and if it has a `skew` on a front of pixels (see `fronts`). `pick(logits [B,V,n], c, pixels)` returns the
+    levels [B,n] of channel c of these pixels, a slice of all in raster order. `watch(n)` is called after each step.
     """
     _, channels, height, width = canvas.shape
+    skew = getattr(target.net, "skew", width) if stepwise else width
     features_at = _stepper(target) if stepwise else _evaluator(target, canvas)
-    previous = canvas[:, :, 0, 0]
-    for p in range(pixels or height * width):
-        i, j = divmod(p, width)
-        features, pixel = features_at(previous, i, j), canvas[:, :, i, j]
+    flat = canvas.flatten(2)
+    values = flat[..., :1]
+    for i, j in islice(fronts(height, width, skew), steps):
+        pixels = Front.at(i, j, width, skew).among(width, skew)
+        features, values = features_at(values, i, j, pixels), flat[..., pixels]
         for c in range(channels):
-            pixel[:, c] = pick(target.logits(features, pixel, c), c, i, j)
-        previous = pixel
+            values[:, c] = pick(target.logits(features, values, c), c, pixels)
         if watch:
-            watch()
+            watch(values.shape[-1])
 
 
-def _evaluator(target: Conditioned, canvas: Tensor) -> Callable[[Tensor, int, int], Tensor]:
-    return lambda _, i, j: target.net(target.rows(canvas), target.y)[:, :, i, j]
+FeaturesAt = Callable[[Tensor, int, int, slice], Tensor]  # (the pixels before [B,C,n], i, j, pixels) -> [B,D,n]
 
 
-def _stepper(target: Conditioned) -> Callable[[Tensor, int, int], Tensor]:
+def _evaluator(target: Conditioned, canvas: Tensor) -> FeaturesAt:
+    return lambda before, i, j, pixels: target.net(target.rows(canvas), target.y).flatten(2)[..., pixels]
+
+
+def _stepper(target: Conditioned) -> FeaturesAt:
     net: Any = target.net
     cache = net.init_cache(target.y)
     replayed = target.y.is_cuda and getattr(net, "replayable", False)
     step = _replayed(net, cache, target.y.device) if replayed else partial(net.step, cache)
-    return lambda previous, i, j: step(target.rows(previous), i, j)
+
+    def features_at(before: Tensor, i: int, j: int, pixels: slice) -> Tensor:
+        features = step(target.rows(before).permute(2, 0, 1).flatten(0, 1), i, j)
+        return features.unflatten(0, (-1, len(target.y))).transpose(0, 1).contiguous().mT
+
+    return features_at
 
 
 def _replayed(net: Any, cache: dict[str, Any], device: torch.device) -> Callable[[Tensor, int, int], Tensor]:
@@ -141,18 +153,19 @@ def _replayed(net: Any, cache: dict[str, Any], device: torch.device) -> Callable
 def fixed_point(target: Conditioned, pick: Pick, canvas: Tensor, watch: Watch | None = None) -> int:
     """Fill `canvas` by Jacobi iteration: all pixels at once from the image so far, until none changes.
 
-    `pick(logits [B,V,H,W], c)` returns levels [B,H,W]. Exact: after n iterations the first n pixels are final
+    `pick` as in `walk`, for all pixels. Exact: after n iterations the first n pixels are final
     (Song et al. 2021, Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving, algorithm 1).
     Returns the number of evaluations; more than H W + 1 would mean that the network sees the future.
     """
-    for n in range(canvas.shape[2] * canvas.shape[3] + 1):
-        before, features = canvas.clone(), target.net(target.rows(canvas), target.y)
-        for c in range(canvas.shape[1]):
-            canvas[:, c] = pick(target.logits(features, canvas, c), c)
-        if torch.equal(before, canvas):
+    values = canvas.flatten(2)  # a view
+    for n in range(values.shape[2] + 1):
+        before, features = values.clone(), target.net(target.rows(canvas), target.y).flatten(2)
+        for c in range(values.shape[1]):
+            values[:, c] = pick(target.logits(features, values, c), c, slice(None))
+        if torch.equal(before, values):
             return n + 1
         if watch:
-            watch()
+            watch(1)  # it makes one or more pixels final
     raise AssertionError("no fixed point: the network is not causal")
 
 
@@ -165,16 +178,14 @@ def picker(
     top_k: int | None = None,
     top_p: float = 1.0,
 ) -> Pick:
-    """What fills in a pixel or all of them: draws at the noise u float64 [B,C,H,W], but `image` where it is `known`."""
-    noise = u.permute(2, 3, 1, 0).contiguous()  # a pixel's lie beside each other
+    """What fills in pixels: draws at the noise u float64 [B,C,H,W], but `image` where it is `known`, bool [H,W]."""
+    noise = u.flatten(2)
 
-    def pick(logits: Tensor, c: int, i: int | None = None, j: int | None = None) -> Tensor:
-        at = u[:, c] if i is None else noise[i, j, c]
-        drawn = inverse_cdf(sharpened(logits, temperature, top_k, top_p), at)
+    def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
+        drawn = inverse_cdf(sharpened(logits, temperature, top_k, top_p), noise[:, c, pixels])
         if image is None or known is None:
             return drawn
-        kept, here = (image[:, c], known) if i is None else (image[:, c, i, j], known[i, j])
-        return torch.where(here, kept, drawn.to(image))
+        return torch.where(known.flatten()[pixels], image.flatten(2)[:, c, pixels], drawn.to(image))
 
     return pick
 
@@ -215,7 +226,7 @@ class Request:
         known_classes: those it was trained on, of 0..num_classes, where `num_classes` means "no class".
         y: the classes to draw, int64 [K].
         image, known: uint8 [K,C,H,W], whose pixels are kept where bool [H,W] is true.
-        watch: called after each pixel or evaluation with the images so far, uint8 [K,n_per_class,C,H,W].
+        watch: called after each step or evaluation with the images so far, uint8 [K,n_per_class,C,H,W].
         progress: whether to show a bar on a terminal.
     """
 
@@ -243,7 +254,7 @@ def draw(
     guidance_scale: Annotated[float, Range(0, 100)] = 1.0,
     mix_with: Annotated[int | None, Range(0)] = None,
     mix_weight: Annotated[float, Range(0.001, 0.999)] = 0.5,
-    batch_size: Annotated[int, Range(1)] = 256,
+    batch_size: Annotated[int, Range(1)] = 64,
     bf16: bool = False,
 ) -> Tensor:
     """Images of each class asked for: uint8 [K,n_per_class,C,H,W].
@@ -294,8 +305,8 @@ def _bar(canvas: Tensor, request: Request) -> tqdm:
     return tqdm(total=canvas[:, 0].numel(), unit=" pixels", unit_scale=True, disable=hidden, leave=False)
 
 
-def _watched(bar: tqdm, batch: int, watch: Callable[[Tensor], None] | None, images: Tensor) -> None:
-    bar.update(batch)  # a pixel of each; under "fixed_point", too, an iteration makes one or more of them final
+def _watched(bar: tqdm, batch: int, watch: Callable[[Tensor], None] | None, images: Tensor, pixels: int) -> None:
+    bar.update(batch * pixels)
     if watch:
         watch(images)
 

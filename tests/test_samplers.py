@@ -1,10 +1,13 @@
 """Sampling is a function of noise (law 5), whatever steers it."""
 
+from itertools import chain, product
+
 import pytest
 import torch
 from test_laws import NETWORKS, PAIRS, make
 
 from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.fronts import Front, fronts
 from pixelcnn_lit.noise import uniform
 from pixelcnn_lit.samplers import Conditioned, Request, _noise, draw, evaluating, fixed_point, inverse_cdf, sharpened
 
@@ -79,27 +82,56 @@ def test_an_image_does_not_depend_on_its_batch_or_on_the_training_mode(network, 
 @torch.no_grad()
 def test_law_5_step_equals_forward(network, dtype, tolerance, device_column):
     """Along the same images, one after the other from the same cache; with the column as a number and on the device."""
-    for shape in ((1, 7, 7), (3, 3, 5), (1, 4, 1), (3, 1, 6)):
+    for shape in ((1, 7, 7), (3, 3, 5), (1, 4, 1), (3, 1, 6), (1, 19, 6)):
         net, _ = make(network, "categorical", shape, levels=17, num_classes=4)
         net = net.to(dtype).eval()
         if not hasattr(net, "step") or (device_column and not getattr(net, "replayable", False)):
             pytest.skip("no step, or none that a CUDA graph could replay")
-        y = torch.tensor([0, 4])
+        y, skew = torch.tensor([0, 4]), getattr(net, "skew", shape[2])
         cache = net.init_cache(y)
         if device_column:
             cache["column"] = torch.zeros(1, dtype=torch.int64)
         for seed in range(2):
             x = torch.randint(17, (2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-            features = net(x, y)
-            previous = x[:, :, 0, 0]
-            for i in range(shape[1]):
-                for j in range(shape[2]):
-                    if device_column:
-                        cache["column"].fill_(j)
-                    told = (0, 1) if device_column and j else (i, j)
-                    error = net.step(cache, previous, *told) - features[:, :, i, j]
-                    assert error.abs().max() <= tolerance * features.abs().max()
-                    previous = x[:, :, i, j]
+            features = net(x, y).flatten(2).permute(2, 0, 1)  # [HW,B,D]
+            pixels = slice(0, 1)
+            for i, j in fronts(*shape[1:], skew):
+                if device_column:
+                    cache["column"].fill_(j)
+                told = (0, 1) if device_column and j else (i, j)
+                previous = x.flatten(2).permute(2, 0, 1)[pixels].flatten(0, 1)
+                pixels = Front.at(i, j, shape[2], skew).among(shape[2], skew)
+                error = net.step(cache, previous, *told) - features[pixels].flatten(0, 1)
+                assert error.abs().max() <= tolerance * features.abs().max()
+
+
+@pytest.mark.parametrize("size", [(7, 9), (28, 28), (5, 4), (9, 3), (1, 6), (6, 1)])
+@pytest.mark.parametrize("skew", [1, 2, 4, 6, 28])
+def test_fronts_hold_each_pixel_once_and_after_all_that_a_skew_promises(size, skew):
+    height, width = size
+    order = [Front.at(*pixel, width, skew) for pixel in fronts(height, width, skew)]
+    held = [torch.arange(height * width)[front.among(width, skew)].tolist() for front in order]
+    assert sorted(chain.from_iterable(held)) == list(range(height * width))
+    when = {p: n for n, pixels in enumerate(held) for p in pixels}
+    for p in range(height * width):
+        i, j = divmod(p, width)
+        assert held[when[p]] == [
+            (i + r) * width + j - skew * r for r in range(-i, height - i) if 0 <= j - skew * r < width
+        ]
+        for earlier in range(p):
+            up, right = i - earlier // width, earlier % width - j
+            if right < skew * up:
+                assert when[earlier] < when[p]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_with_a_skew_sees_no_pixel_of_its_own_front_or_a_later_one(network):
+    for size in ((9, 23), (6, 3)):
+        net, _ = make(network, "categorical", (1, *size), levels=17, num_classes=4)
+        skew = getattr(net, "skew", size[1])
+        time = torch.arange(size[0])[:, None] * skew + torch.arange(size[1])
+        for i, j in product(*map(range, size)):
+            assert (time[net.context(i, j)] < time[i, j]).all()
 
 
 @pytest.mark.parametrize(("network", "likelihood"), PAIRS)
@@ -182,7 +214,7 @@ def test_a_network_that_sees_the_future_has_no_fixed_point_in_time():
     canvas = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
     target = Conditioned(Future(), Plain(), torch.tensor([0]), 1)
     with pytest.raises(AssertionError, match="not causal"):
-        fixed_point(target, lambda logits, c: logits.argmax(1), canvas)
+        fixed_point(target, lambda logits, c, pixels: logits.argmax(1), canvas)
 
 
 def test_walking_restores_the_mode_of_every_part():
@@ -196,17 +228,20 @@ def test_walking_restores_the_mode_of_every_part():
     assert not first.training
 
 
+@pytest.mark.parametrize("network", NETWORKS)
 @torch.no_grad()
-def test_the_network_runs_once_a_pixel_and_not_once_a_channel():
-    net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
+def test_the_network_runs_once_a_pixel_or_front_and_not_once_a_channel(network):
+    net, inside = make(network, "categorical", SHAPE, levels=17, num_classes=4)
     calls = []
     for name in ("forward", "step"):
         own = getattr(net, name)
         setattr(net, name, lambda *a, own=own: calls.append(1) or own(*a))
-    for method in ("naive", "cached"):
+    n_fronts = len(list(fronts(*SHAPE[1:], getattr(net, "skew", SHAPE[2]))))
+    assert n_fronts == (3 * 4 + 5 if hasattr(net, "skew") else 4 * 5)
+    for method, n in (("naive", 4 * 5), ("cached", n_fronts)):
         calls.clear()
         drawn(net, inside, [0], method=method)
-        assert len(calls) == 4 * 5
+        assert len(calls) == n
 
 
 @pytest.mark.parametrize("method", METHODS)

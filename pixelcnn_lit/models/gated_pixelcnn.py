@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.layers import ChannelNorm, ClassEmbedding, RowCache, scale, scale_into
+from pixelcnn_lit.models.caches import RowCache
+from pixelcnn_lit.models.layers import ChannelNorm, ClassEmbedding, scale, scale_into
 
 
 class GatedPixelCNN(nn.Module):

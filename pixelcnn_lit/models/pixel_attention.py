@@ -9,6 +9,7 @@ Receptive field: every earlier pixel, without a blind spot.
 Training-mode loss: a likelihood.
 """
 
+from functools import partial
 from itertools import chain
 from typing import Annotated, Any
 
@@ -17,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
+from pixelcnn_lit.models.caches import RowCache
 from pixelcnn_lit.models.layers import (
     CausalConv2d,
     ChannelNorm,
     ClassEmbedding,
-    ImageRows,
     OutputStack,
     PreNormBlock,
     scale,
+    scale_into,
 )
 
 
@@ -93,12 +95,14 @@ class PixelAttention(nn.Module):
 
     def init_cache(self, y: Tensor) -> dict[str, Any]:
         """All storage for stepping through images of the classes y [B]."""
-        size = len(y), self.image_size[1]
-        first = ImageRows(self.first, self.levels, *size)
-        tokens, last = self.image_size[0] * self.image_size[1], self.last.init_cache(*size)
-        blocks = {block: block.init_cache(*size) for block in self.blocks}
+        make = partial(RowCache, batch=len(y), width=self.image_size[1])
+        first, last = self.first.cache(make), self.last.init_cache(make)
+        tokens, pixel = self.image_size[0] * self.image_size[1], self.row.new_ones(len(y), self.before.in_channels)
+        blocks = {block: block.init_cache(make) for block in self.blocks}
         attention = {layer: layer.init_cache(len(y), tokens) for layer in self.attention}
         return {
+            "pixel": pixel,
+            "scaled": pixel[:, :-1],
             "first": first,
             "layers": [(layer, (attention | blocks)[layer], layer in attention) for layer in self.layers()],
             "last": last,
@@ -117,14 +121,14 @@ class PixelAttention(nn.Module):
             for rows in cache["rows"]:
                 rows.reset()
         else:
-            first.put_levels(previous, (j - 1) % self.image_size[1])
+            scale_into(cache["scaled"], previous, self.levels)
+            first.put(cache["pixel"], (j - 1) % self.image_size[1])
         if j == 0 and i > 0:
             for rows in cache["rows"]:
                 rows.new_row()
         h = first.output(j).add_(cache["start"][p])
         if p:
-            scaled = torch.cat([first.values * (2 / (self.levels - 1)) - 1, first.pixel[:, -1:]], dim=1)
-            h.addmm_(scaled, cache["before"])
+            h.addmm_(cache["pixel"], cache["before"])
         for layer, own, attends in cache["layers"]:
             h = layer.step(own, h, p if attends else j)
         return self.last.step(cache["last"], h, j)

@@ -10,6 +10,7 @@ Training-mode loss: a likelihood under `norm=layer`; not under `norm=batch`, who
     later pixels included.
 """
 
+from functools import partial
 from itertools import chain
 from typing import Annotated, Any, Literal
 
@@ -18,15 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
+from pixelcnn_lit.fronts import Front
+from pixelcnn_lit.models.caches import FrontCache
 from pixelcnn_lit.models.layers import (
     CausalConv2d,
     ChannelNorm,
     ClassEmbedding,
-    ImageRows,
+    MakeCache,
     OutputStack,
     PreNormBlock,
-    RowCache,
     scale,
+    scale_into,
 )
 
 
@@ -42,7 +45,7 @@ class PixelCNN(nn.Module):
         dropout: rate inside each block of `norm=layer`.
     """
 
-    replayable = True  # as a CUDA graph: see `step`
+    skew = 4  # the first row above is seen up to three columns to the right, further ones up to one more each
     blocks: Any
 
     def __init__(
@@ -58,7 +61,7 @@ class PixelCNN(nn.Module):
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,
     ) -> None:
         super().__init__()
-        self.levels, self.image_size = levels, tuple(image_shape[1:])
+        self.levels, self.image_size = levels, (image_shape[1], image_shape[2])
         self.train_is_likelihood = norm != "batch"
         self.first = CausalConv2d(image_shape[0] + 1, hidden_channels, 7, "A")
         self.embed = ClassEmbedding(num_classes, hidden_channels, conditional)
@@ -79,31 +82,34 @@ class PixelCNN(nn.Module):
 
     def init_cache(self, y: Tensor) -> dict[str, Any]:
         """All storage for stepping through images of the classes y [B]."""
-        size = len(y), self.image_size[1]
-        first = ImageRows(self.first, self.levels, *size)
-        first.bias += self.embed(y)[..., 0, 0]
-        blocks, last = [block.init_cache(*size) for block in self.blocks], self.last.init_cache(*size)
-        return {"first": first, "blocks": blocks, "last": last, "rows": [first, *chain(*blocks, last)]}
+        make = partial(FrontCache, batch=len(y), image_size=self.image_size, skew=self.skew)
+        first = self.first.cache(make)
+        first.bias.unflatten(0, (-1, len(y))).add_(self.embed(y)[..., 0, 0])
+        blocks, last = [block.init_cache(make) for block in self.blocks], self.last.init_cache(make)
+        return {"first": first, "blocks": blocks, "last": last, "all": [first, *chain(*blocks, last)]}
 
     def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
-        """Features [B,D] at row i, column j, asked for in raster order; equal to `forward` there in eval mode.
+        """Features [n*B,D] at the front of (i, j), asked for in the order of `fronts`; equal to `forward` there.
 
-        `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied. Where
-        cache["column"], an int64 tensor [1], is given, it is the column, and j tells only whether a row begins.
+        `previous` holds the pixels of the front before, uint8 [n*B,C]; it is ignored at (0, 0), where the cache is
+        emptied. In eval mode.
         """
-        column = cache.get("column", j)
+        front, first = Front.at(i, j, self.image_size[1], self.skew), cache["first"]
         if (i, j) == (0, 0):
-            for rows in cache["rows"]:
-                rows.reset()
+            for held in cache["all"]:
+                held.reset()
         else:
-            cache["first"].put_levels(previous, (column - 1) % self.image_size[1])
-        if j == 0 and i > 0:
-            for rows in cache["rows"]:
-                rows.new_row()
-        h = cache["first"].output(column)
-        for block, rows in zip(self.blocks, cache["blocks"], strict=True):
-            h = block.step(rows, h, column)
-        return self.last.step(cache["last"], h, column)
+            place = first.place(cache["front"])
+            scale_into(place[..., :-1], previous, self.levels)
+            place[..., -1:].fill_(1)
+        if j == 0:
+            for held in cache["all"]:
+                held.make_room(front)
+        cache["front"] = front
+        h = first.output(front)
+        for block, own in zip(self.blocks, cache["blocks"], strict=True):
+            h = block.step(own, h, front)
+        return self.last.step(cache["last"], h, front)
 
     def context(self, i: int, j: int) -> Tensor:
         """The earlier pixels, bool [H,W], that the features at row i, column j depend on."""
@@ -126,12 +132,12 @@ class PublishedBlock(nn.Module):
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(x + self.norm2(self.conv2(h)))
 
-    def init_cache(self, *size: int) -> list[RowCache]:
-        return [self.conv1.cache(*size, after=self.norm1), self.conv2.cache(*size, after=self.norm2)]
+    def init_cache(self, make: MakeCache) -> list[FrontCache]:
+        return [self.conv1.cache(make, after=self.norm1), self.conv2.cache(make, after=self.norm2)]
 
-    def step(self, cache: list[RowCache], x: Tensor, j: int | Tensor) -> Tensor:
-        """`forward` in eval mode at column j of the present row: x [B,C] -> [B,C], in place."""
+    def step(self, cache: list[FrontCache], x: Tensor, front: Front) -> Tensor:
+        """`forward` in eval mode at a front: x [n*B,C] -> [n*B,C], in place."""
         first, second = cache
-        first.put(x, j)
-        second.put_relu(first.output(j), j)
-        return second.add_output(x, j).relu_()
+        first.put(x, front)
+        second.put_relu(first.output(front), front)
+        return second.add_output(x, front).relu_()

@@ -13,6 +13,7 @@ Training-mode loss: a likelihood.
 """
 
 import math
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, RowCache, scale, scale_into
+from pixelcnn_lit.models.caches import RowCache
+from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, scale, scale_into
 
 RESOLUTIONS = 3
 
@@ -74,7 +76,7 @@ class PixelCNNPP(nn.Module):
 
     def init_cache(self, y: Tensor) -> dict[str, Any]:
         """All storage for stepping through images of the classes y [B]."""
-        first_ul = self.first_ul.cache(len(y), self.image_size[1])
+        first_ul = self.first_ul.cache(partial(RowCache, batch=len(y), width=self.image_size[1]))
         pixel = self.out.weight.new_ones(len(y), self.first_ul.weight.shape[1])
         return {
             "pixel": pixel,
