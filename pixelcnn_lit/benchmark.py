@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,9 +19,11 @@ from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.fronts import fronts
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.models.layers import CausalConv2d
 from pixelcnn_lit.samplers import Conditioned, evaluating, fixed_point, picker, walk
 
 NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
+PUBLISHED = "as published"
 Timed = dict[str, Callable[[], Any]]
 Size = Annotated[int, Range(1)]
 
@@ -69,24 +71,55 @@ def medians(timed: Timed, rounds: int) -> dict[str, float]:
 
 
 def training_steps(density: DensityModel, x: Tensor, y: Tensor, compile: bool) -> Timed:
-    """A whole step in each precision, and beside it a plain dense convolution as wide as the network, the ceiling."""
-    optimizer = density.configure_optimizers()["optimizer"]
-    compiled = torch.compile(density.nats) if compile else None
+    """A whole step as published and in each precision, and beside these a plain dense convolution, the ceiling."""
+    published = as_published(density)
+    timed: Timed = {PUBLISHED: training_step(published, published.nats, x, y, bf16=False)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        timed[name] = training_step(density, density.nats, x, y, bf16=name == "bf16")
+        timed[f"{name} ceiling"] = _dense_convolution(density, x, dtype)
+    if compile:
+        timed["bf16 compiled"] = training_step(density, torch.compile(density.nats), x, y, bf16=True)
+    return timed
 
-    def step(nats: Callable[[Tensor, Tensor], Tensor], bf16: bool) -> None:
+
+def training_step(
+    density: DensityModel, nats: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, bf16: bool
+) -> Callable[[], None]:
+    optimizer = density.configure_optimizers()["optimizer"]
+
+    def step() -> None:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             loss = nats(x, y).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    timed: Timed = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        timed[name] = lambda bf16=name == "bf16": step(density.nats, bf16)
-        timed[f"{name} ceiling"] = _dense_convolution(density, x, dtype)
-    if compiled:
-        timed["bf16 compiled"] = lambda: step(compiled, True)
-    return timed
+    return step
+
+
+def as_published(density: DensityModel) -> DensityModel:
+    """The same model with its masked convolutions as published ones, in contiguous memory: the reference."""
+    density = copy.deepcopy(density)
+    for parent in list(density.net.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, CausalConv2d):
+                setattr(parent, name, PublishedConv2d(layer))
+    return density.to(memory_format=torch.contiguous_format)
+
+
+class PublishedConv2d(nn.Module):
+    """A masked convolution as published: a dense k×k kernel, multiplied by its mask in each forward."""
+
+    mask: Tensor
+
+    def __init__(self, layer: CausalConv2d) -> None:
+        super().__init__()
+        dead = (0, 0, 0, layer.weight.shape[3] - layer.weight.shape[2])
+        self.weight, self.bias, self.side = nn.Parameter(F.pad(layer.weight.detach(), dead)), layer.bias, layer.side
+        self.register_buffer("mask", F.pad(layer.mask.expand_as(layer.weight), dead))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.side)
 
 
 def _dense_convolution(density: DensityModel, x: Tensor, dtype: torch.dtype) -> Callable[[], None]:
@@ -101,20 +134,36 @@ def _dense_convolution(density: DensityModel, x: Tensor, dtype: torch.dtype) -> 
 
 
 def training_rows(density: DensityModel, x: Tensor, y: Tensor, seconds: dict[str, float]) -> dict[str, Any]:
-    with FlopCounterMode(display=False) as counted:
-        density.nats(x, y).mean().backward()
-    width, work = density.hparams["model"]["hidden_channels"], counted.get_total_flops()
+    width, work = density.hparams["model"]["hidden_channels"], live_flops(density, x, y)
     dense = 3 * 2 * len(x) * x.shape[2] * x.shape[3] * width * width * 9
     rows = {}
     for name in [name for name in seconds if not name.endswith("ceiling")]:
         rate = work / seconds[name]
-        ceiling = dense / seconds[f"{name.split()[0]} ceiling"]
+        ceiling = dense / seconds["bf16 ceiling" if name.startswith("bf16") else "fp32 ceiling"]
         rows[f"training, {name}"] = {
             "images/s": len(x) / seconds[name],
+            "times as published": seconds[PUBLISHED] / seconds[name],
             "GFLOP/s": rate / 1e9,
             "of a dense convolution": rate / ceiling,
         }
     return rows
+
+
+def live_flops(density: DensityModel, x: Tensor, y: Tensor) -> int:
+    """Of forward and backward, without the taps of causal convolutions that their masks make zero."""
+    dead = 0
+
+    def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal dead
+        products = 2 + inputs[0].requires_grad  # with the kernel, and backward for the kernel and for what came in
+        dead += 2 * products * output[:, 0].numel() * layer.weight[..., 0, 0].numel() * int((layer.mask == 0).sum())
+
+    hooks = [m.register_forward_hook(count) for m in density.modules() if isinstance(m, CausalConv2d)]
+    with FlopCounterMode(display=False) as counted:
+        density.nats(x, y).mean().backward()
+    for hook in hooks:
+        hook.remove()
+    return counted.get_total_flops() - dead
 
 
 @torch.no_grad()

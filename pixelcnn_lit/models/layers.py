@@ -51,8 +51,8 @@ class CausalConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,in,H,W] -> [B,out,H,W]."""
-        padded = F.conv2d(x, self.weight * self.mask, self.bias, padding=(self.rows - 1, self.side))
-        return padded[:, :, : x.shape[2]]  # padding is symmetric; its rows below the image are cut off
+        padded = F.pad(x, (0, 0, self.rows - 1, 0))  # above alone: conv2d's own padding would add rows below, too
+        return F.conv2d(padded, self.weight * self.mask, self.bias, padding=(0, self.side))
 
     def cache(self, make: MakeCache, **own: Any) -> Any:
         """What computes this convolution pixel by pixel or front by front: see `caches`."""
