@@ -20,6 +20,7 @@ from pixelcnn_lit.fronts import fronts
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.models.layers import CausalConv2d
+from pixelcnn_lit.models.pixelcnn import PixelCNN
 from pixelcnn_lit.samplers import Conditioned, evaluating, fixed_point, picker, walk
 
 NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
@@ -71,7 +72,7 @@ def medians(timed: Timed, rounds: int) -> dict[str, float]:
 
 
 def training_steps(density: DensityModel, x: Tensor, y: Tensor, compile: bool) -> Timed:
-    """A whole step as published and in each precision, and beside these a plain dense convolution, the ceiling."""
+    """A whole step in each precision, one of the published network, and a plain dense convolution, the ceiling."""
     published = as_published(density)
     timed: Timed = {PUBLISHED: training_step(published, published.nats, x, y, bf16=False)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -98,13 +99,21 @@ def training_step(
 
 
 def as_published(density: DensityModel) -> DensityModel:
-    """The same model with its masked convolutions as published ones, in contiguous memory: the reference."""
-    density = copy.deepcopy(density)
+    """The published PixelCNN of the same size (BatchNorm, dense masked kernels, contiguous memory): the reference."""
+    settings = dict(density.hparams)
+    size = {key: settings["model"][key] for key in ("hidden_channels", "n_residual")}
+    model = {"_target_": f"{PixelCNN.__module__}.{PixelCNN.__qualname__}", "norm": "batch", **size}
+    published = DensityModel(**settings | {"model": model, "channels_last": False}).to(density.device)
+    return with_dense_kernels(published)
+
+
+def with_dense_kernels(density: DensityModel) -> DensityModel:
+    """The same model, each causal convolution as one of dense kernels."""
     for parent in list(density.net.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, CausalConv2d):
                 setattr(parent, name, PublishedConv2d(layer))
-    return density.to(memory_format=torch.contiguous_format)
+    return density
 
 
 class PublishedConv2d(nn.Module):

@@ -158,9 +158,10 @@ class EpochLine(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            train, val = pl_module.train_nll(), trainer.callback_metrics.get("val/bpd", float("nan"))
+            val = trainer.callback_metrics.get("val/bpd")
+            scored = "" if val is None else f", val {val:.4f}"
             where = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
-            print(f"{where}: train {bits(train):.4f}, val {val:.4f} bpd", flush=True)
+            print(f"{where}: train {bits(pl_module.train_nll()):.4f}{scored} bpd", flush=True)
 
 
 class HParams(Callback):

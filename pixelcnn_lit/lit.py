@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from pixelcnn_lit.build import Range, build, resolve
 from pixelcnn_lit.checkpoints import read_checkpoint
 from pixelcnn_lit.errors import UserError, first_line
+from pixelcnn_lit.models.layers import recompute_blocks
 from pixelcnn_lit.samplers import Request
 
 # What is scored or sampled in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32).
@@ -60,6 +61,7 @@ class DensityModel(L.LightningModule):
         optimizer, scheduler: configs; a scheduler of None keeps the learning rate.
         label_dropout: share of training images whose class is hidden from the network.
         channels_last: memory format of weights and activations.
+        gradient_checkpointing: keep the inputs of blocks alone for the backward pass: less memory, a third more time.
         compile: compile the network in place.
     """
 
@@ -78,6 +80,7 @@ class DensityModel(L.LightningModule):
         scheduler: dict[str, Any] | None = None,
         label_dropout: Annotated[float, Range(0, 1)] = 0.0,
         channels_last: bool = True,
+        gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -94,6 +97,11 @@ class DensityModel(L.LightningModule):
         self.optimizer_config, self.scheduler_config, self.label_dropout = optimizer, scheduler, label_dropout
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
+        if gradient_checkpointing and not recompute_blocks(self.net):
+            raise UserError(
+                "gradient_checkpointing=true: this network has no blocks that may be computed twice (BatchNorm would "
+                "count each batch twice, too); type gradient_checkpointing=false"
+            )
         if compile:
             self.net.compile()  # in place: torch.compile(net) would rename the weights in the checkpoint
 

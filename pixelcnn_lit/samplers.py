@@ -89,10 +89,10 @@ def walk(
     _, channels, height, width = canvas.shape
     skew = getattr(target.net, "skew", width) if stepwise else width
     features_at = _stepper(target) if stepwise else _evaluator(target, canvas)
-    flat = canvas.flatten(2)
+    flat = canvas.view(*canvas.shape[:2], -1)
     values = flat[..., :1]
     for i, j in islice(fronts(height, width, skew), steps):
-        pixels = Front.at(i, j, width, skew).among(width, skew)
+        pixels = Front.of(i, j, width, skew).as_slice(width, skew)
         features, values = features_at(values, i, j, pixels), flat[..., pixels]
         for c in range(channels):
             values[:, c] = pick(target.logits(features, values, c), c, pixels)
@@ -157,7 +157,7 @@ def fixed_point(target: Conditioned, pick: Pick, canvas: Tensor, watch: Watch | 
     (Song et al. 2021, Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving, algorithm 1).
     Returns the number of evaluations; more than H W + 1 would mean that the network sees the future.
     """
-    values = canvas.flatten(2)  # a view
+    values = canvas.view(*canvas.shape[:2], -1)
     for n in range(values.shape[2] + 1):
         before, features = values.clone(), target.net(target.rows(canvas), target.y).flatten(2)
         for c in range(values.shape[1]):

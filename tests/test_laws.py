@@ -1,5 +1,6 @@
 """The laws every network and likelihood must keep. Both are found from conf/: nothing to edit here to add one."""
 
+import copy
 import itertools
 
 import lightning as L
@@ -8,12 +9,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 
 from pixelcnn_lit.build import build
 from pixelcnn_lit.command import CONF
 from pixelcnn_lit.lit import DensityModel, load
-from pixelcnn_lit.models.layers import CausalConv2d
+from pixelcnn_lit.models.layers import CausalConv2d, recompute_blocks
 
 TOLERANCE = 1e-9
 
@@ -234,3 +236,43 @@ def test_masked_weights_never_leave_zero(mask_type):
     assert (layer.mask == 0).any()
     for masked in (layer.weight.grad * (1 - layer.mask), layer.weight * (1 - layer.mask)):
         assert not masked.any()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(network):
+    net, _ = make(network, "categorical", (1, 7, 7), levels=17, n_residual=6)
+    for dropout in [module for module in net.train().modules() if isinstance(module, nn.Dropout)]:
+        dropout.p = 0.5
+    again = copy.deepcopy(net)
+    if not recompute_blocks(again):
+        pytest.skip("its BatchNorm would count each batch twice, and DensityModel refuses it")
+    x, y = torch.randint(17, (2, 1, 7, 7), dtype=torch.uint8), torch.tensor([0, 2])
+    kept, gradients = [], []
+    for each in (net, copy.deepcopy(again)):  # an EMA copies the network, too
+        kept.append(0)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.numel()
+            return tensor
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = each(x, y).square().sum()
+        loss.backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_compiles_into_one_graph_and_once(network, recomputed):
+    net, _ = make(network, "categorical", (1, 7, 7), levels=17, n_residual=2)
+    if recomputed and not recompute_blocks(net):
+        pytest.skip("DensityModel refuses it")
+    counter = CompileCounter()
+    compiled = torch.compile(net.train(), backend=counter, fullgraph=True)
+    for seed in range(3):
+        x = torch.randint(17, (2, 1, 7, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        compiled(x, torch.tensor([0, seed])).sum().backward()
+    assert counter.frame_count == 1

@@ -100,7 +100,7 @@ def test_law_5_step_equals_forward(network, dtype, tolerance, device_column):
                     cache["column"].fill_(j)
                 told = (0, 1) if device_column and j else (i, j)
                 previous = x.flatten(2).permute(2, 0, 1)[pixels].flatten(0, 1)
-                pixels = Front.at(i, j, shape[2], skew).among(shape[2], skew)
+                pixels = Front.of(i, j, shape[2], skew).as_slice(shape[2], skew)
                 error = net.step(cache, previous, *told) - features[pixels].flatten(0, 1)
                 assert error.abs().max() <= tolerance * features.abs().max()
 
@@ -109,8 +109,8 @@ def test_law_5_step_equals_forward(network, dtype, tolerance, device_column):
 @pytest.mark.parametrize("skew", [1, 2, 4, 6, 28])
 def test_fronts_hold_each_pixel_once_and_after_all_that_a_skew_promises(size, skew):
     height, width = size
-    order = [Front.at(*pixel, width, skew) for pixel in fronts(height, width, skew)]
-    held = [torch.arange(height * width)[front.among(width, skew)].tolist() for front in order]
+    order = [Front.of(*pixel, width, skew) for pixel in fronts(height, width, skew)]
+    held = [torch.arange(height * width)[front.as_slice(width, skew)].tolist() for front in order]
     assert sorted(chain.from_iterable(held)) == list(range(height * width))
     when = {p: n for n, pixels in enumerate(held) for p in pixels}
     for p in range(height * width):
@@ -186,9 +186,10 @@ def test_guidance_of_a_model_that_never_saw_no_class_is_refused():
             drawn(net, inside, [0], known_classes=[0, 1, 2, 3], **own)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_known_pixels_stay_to_the_bit_and_are_what_the_others_follow(method):
-    net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
+def test_known_pixels_stay_to_the_bit_and_are_what_the_others_follow(method, network):
+    net, inside = make(network, "categorical", SHAPE, levels=17, num_classes=4)
     image = torch.randint(17, (2, *SHAPE), dtype=torch.uint8)
     known = torch.zeros(SHAPE[1:], dtype=torch.bool)
     known[:2] = True
@@ -244,13 +245,15 @@ def test_the_network_runs_once_a_pixel_or_front_and_not_once_a_channel(network):
         assert len(calls) == n
 
 
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_each_pixel_or_evaluation_is_watched(method):
-    net, inside = make(NETWORKS[0], "categorical", SHAPE, levels=17, num_classes=4)
+def test_each_step_or_evaluation_is_watched(method, network):
+    net, inside = make(network, "categorical", SHAPE, levels=17, num_classes=4)
     seen = []
     done = drawn(net, inside, [0, 1], method=method, batch_size=1, watch=lambda images: seen.append(images.clone()))
     assert all(images.shape == (2, 1, *SHAPE) for images in seen)
-    assert len(seen) == 40 if method != "fixed_point" else 2 <= len(seen) <= 40
+    steps = {"naive": 4 * 5, "cached": len(list(fronts(*SHAPE[1:], getattr(net, "skew", SHAPE[2]))))}
+    assert len(seen) == 2 * steps[method] if method != "fixed_point" else 2 <= len(seen) <= 40
     assert torch.equal(seen[-1].flatten(0, 1), done)
     assert not seen[0][1].any()
 

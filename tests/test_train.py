@@ -1,5 +1,6 @@
 """Training end to end on the digits, and what a run leaves behind."""
 
+import copy
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_laws import configs, redraw
 from torch.optim.lr_scheduler import OneCycleLR
 
 import pixelcnn_lit.benchmark
@@ -30,6 +32,7 @@ from pixelcnn_lit.checkpoints import WEIGHTS, AtomicCheckpointIO
 from pixelcnn_lit.command import CONF
 from pixelcnn_lit.data.module import image_data
 from pixelcnn_lit.lit import DensityModel, load
+from pixelcnn_lit.models.layers import CausalConv2d
 from pixelcnn_lit.schedulers import WarmupCosine
 
 TINY = [
@@ -240,6 +243,22 @@ def test_exported_weights_draw_the_same_and_say_nothing_of_the_machine(run, monk
     assert torch.equal(load(out).draw(sampler), load(best).draw(sampler))
 
 
+def test_weights_in_half_precision_are_half_as_large_or_refused(run, monkeypatch, tmp_path):
+    best, out = str(run / "checkpoints" / "best.ckpt"), tmp_path / "x.safetensors"
+    sizes = []
+    for half in ("false", "true"):
+        command(monkeypatch, pixelcnn_lit.export.main, f"ckpt={best}", f"out={out}", f"half={half}")
+        sizes.append(out.stat().st_size)
+    assert sizes[1] < 0.6 * sizes[0]
+    whole, halved = load(best).state_dict(), load(str(out)).state_dict()
+    assert all(torch.equal(halved[name], weight.half().to(weight.dtype)) for name, weight in whole.items())
+    model = load(best)
+    next(model.parameters()).data.flatten()[0] = 1e5
+    monkeypatch.setattr(pixelcnn_lit.export, "load", lambda ckpt: model)
+    with pytest.raises(SystemExit, match="too large for float16; type half=false"):
+        command(monkeypatch, pixelcnn_lit.export.main, f"ckpt={best}", f"out={out}", "half=true")
+
+
 def test_the_weights_the_package_brings_along_draw_digits(monkeypatch, tmp_path):
     command(monkeypatch, pixelcnn_lit.sample.main, "ckpt=mnist", "classes=[7]", f"run_dir={tmp_path}")
     assert archive(tmp_path / "samples.npz")["images"].shape == (2, 28, 28, 1)
@@ -277,6 +296,36 @@ def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeyp
     assert set(result["sampling"]) == {f"sampling, {n}" for n in samplers}
     assert result["sampling"]["sampling, naive"]["times naive"] == 1
     assert "of a dense convolution" in capsys.readouterr().out
+    assert set(result["training"]) == {"training, as published", "training, fp32", "training, bf16"}
+
+
+def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_work():
+    config = configs("pixelcnn model.norm=batch", "categorical", n_residual=2)
+    facts = {"image_shape": [1, 6, 6], "levels": 17, "num_classes": 3, "class_names": [], "label": "", "dataset": {}}
+    density = DensityModel(**config, **facts).double()
+    redraw(density)
+    x, y = torch.randint(17, (2, 1, 6, 6), dtype=torch.uint8), torch.tensor([0, 2])
+    dense = pixelcnn_lit.benchmark.with_dense_kernels(copy.deepcopy(density))
+    assert torch.allclose(dense.nats(x, y), density.nats(x, y), rtol=1e-12)
+    published = pixelcnn_lit.benchmark.as_published(DensityModel(**configs("pixel_attention", "categorical"), **facts))
+    kernels = [layer for layer in published.net.modules() if hasattr(layer, "mask")]
+    assert len(kernels) == 1 + 2 + 2
+    assert not any(isinstance(kernel, CausalConv2d) for kernel in kernels)
+    assert all(kernel.weight.is_contiguous() for kernel in kernels)
+    assert published.net.blocks[0].norm1.__class__ is torch.nn.BatchNorm2d
+
+    class Alone(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = CausalConv2d(2, 3, 3, "B")
+
+        def nats(self, x, y):
+            return self.conv(x).sum((1, 2, 3))
+
+    x = torch.randn(4, 2, 5, 6)
+    live = 2 * 4 * 5 * 6 * 2 * 3 * 5  # of a product with the five live taps
+    assert pixelcnn_lit.benchmark.live_flops(Alone(), x, y) == 2 * live
+    assert pixelcnn_lit.benchmark.live_flops(Alone(), x.requires_grad_(), y) == 3 * live
 
 
 def test_the_mean_counts_every_image_once_whatever_the_batches(run):
@@ -375,6 +424,20 @@ def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["val/images"] == result["test/images"] == 250
     assert result["epochs"] < 1000
+
+
+@pytest.mark.parametrize("recipe", ["mnist_gpu", "cifar10_10min", "cifar10_20min", "cifar10_best", "cifar10_24gb"])
+def test_a_recipe_for_a_gpu_takes_a_few_steps_on_a_cpu(tmp_path, monkeypatch, recipe):
+    """As it is, but narrow and not compiled, on few images of its dataset's shape."""
+    shape = (28, 28) if recipe.startswith("mnist") else (32, 32, 3)
+    x, y = np.random.default_rng(0).integers(256, size=(40, *shape), dtype=np.uint8), np.arange(40) % 10
+    np.savez(tmp_path / "x.npz", train_images=x, train_labels=y, test_images=x[:2], test_labels=y[:2])
+    few = ["dataset=npz", f"dataset.path={tmp_path}/x.npz", "dataset.batch_size=2", "dataset.num_workers=0"]
+    small = ["compile=false", "model.hidden_channels=8", "trainer.max_steps=2", "~callbacks.samples"]
+    command(monkeypatch, pixelcnn_lit.train.main, f"experiment={recipe}", *few, *small, f"run_dir={tmp_path}/run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["steps"] == 2
+    assert math.isfinite(result["test/bpd"])
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "categorical_independent", "logistic_mixture"])

@@ -1,12 +1,17 @@
-"""Look at a dataset: its statistics, and nine images a class.  python -m pixelcnn_lit.data dataset=cifar10"""
+"""Look at a dataset: its statistics, nine images a class, its loader's speed.
 
+python -m pixelcnn_lit.data dataset=cifar10
+"""
+
+import time
+from itertools import islice
 from typing import Any
 
 import torch
 
 from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.images import Split, first_of_each_class
-from pixelcnn_lit.data.module import image_data, uniform_bpd
+from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.pictures import grid, save
 
 
@@ -25,6 +30,15 @@ def main(dataset: dict[str, Any]) -> None:
     nine = first_of_each_class(data.train, len(data.class_names), 9)
     save(grid(nine, data.levels), run_dir() / "images.png")
     print(shown(run_dir() / "images.png"))
+    if len(data.train) >= data.batch_size:
+        print(f"its loader serves {loader_speed(data):,.0f} training images/s in batches of {data.batch_size}")
+
+
+def loader_speed(data: ImageData) -> float:
+    """Images/s of the training loader alone, over some batches, its start included."""
+    began = time.perf_counter()
+    images = sum(len(y) for _, y in islice(data.train_dataloader(), 300))
+    return images / (time.perf_counter() - began)
 
 
 def channel_statistics(split: Split) -> tuple[list[float], list[float]]:

@@ -1,7 +1,9 @@
 """Causal convolutions computed where their inputs are known, as one matrix product over the live taps.
 
-`RowCache` goes pixel by pixel, `FrontCache` front by front.
+`RowCache` goes pixel by pixel, `FrontCache` front by front (see `fronts`).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +12,21 @@ from pixelcnn_lit.fronts import Front
 
 
 class TapsCache:
-    """A convolution's live taps as a matrix, with the norm and the ReLU before it. Where inputs lie, subclasses know.
+    """A convolution's live taps as a matrix, with the norm and the ReLU before it. Subclasses decide where inputs lie.
 
-    All is made beforehand: between two pixels a small network has microseconds.
+    They have `place(at)`, where the inputs at a column or front go, `window(at)`, the inputs [n,taps*C] under the live
+    taps there, and `room(at)`, biases and results [n,out].
 
     Args:
         weight: masked, [out,in,rows,k]. bias: [out]. mask: [1,1,rows,k].
-        n_outputs: computed at a time.
+        n_outputs: computed at a time, at most.
         before: a norm that stands, with a ReLU, before the convolution.
         after: a BatchNorm that stands behind it, which in eval mode is a multiplication and an addition.
     """
+
+    place: Any
+    window: Any
+    room: Any
 
     def __init__(
         self,
@@ -27,7 +34,7 @@ class TapsCache:
         bias: Tensor,
         mask: Tensor,
         n_outputs: int,
-        before: nn.LayerNorm | None = None,
+        before: nn.LayerNorm | None,
         after: nn.BatchNorm2d | None = None,
     ) -> None:
         _, self.channels, self.rows, k = weight.shape
@@ -43,6 +50,22 @@ class TapsCache:
         self.result = torch.empty_like(self.bias)
         self.norm = before and (before.normalized_shape, before.weight, before.bias, before.eps)
 
+    def put_relu(self, x: Tensor, at: Any) -> None:
+        """relu(norm(x)), [n,C], as the inputs."""
+        if self.norm:
+            x = torch.native_layer_norm(x, *self.norm)[0]
+        place = self.place(at)
+        torch.clamp_min(x.expand_as(place), 0, out=place)
+
+    def output(self, at: Any) -> Tensor:
+        """The convolution, [n,out], in a place that the next one overwrites."""
+        bias, result = self.room(at)
+        return torch.addmm(bias, self.window(at), self.matrix, out=result)
+
+    def add_output(self, x: Tensor, at: Any) -> Tensor:
+        """x [n,out] plus the convolution, in place."""
+        return x.add_(self.room(at)[0]).addmm_(self.window(at), self.matrix)
+
 
 class RowCache(TapsCache):
     """A causal convolution pixel by pixel.
@@ -51,29 +74,22 @@ class RowCache(TapsCache):
     lie beside each other, so that the taps of a pixel are one stretch of memory that needs no gathering: columns
     j-side to j+side, up to the last tap that is alive. Padding is zero.
 
-    A column is a number, which finds ready-made views, or an int64 tensor [1] on the device, which a CUDA graph can
-    replay with other values in it.
+    A column is a number, which finds ready-made views, or for `put`, `put_norm` and `window` an int64 tensor [1] on the
+    device, which a CUDA graph can replay with other values in it.
 
     Args:
-        weight, bias, mask, before, after: see `TapsCache`.
+        weight, bias, mask, before: see `TapsCache`.
         batch, width: of the images.
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        mask: Tensor,
-        batch: int,
-        width: int,
-        before: nn.LayerNorm | None = None,
-        after: nn.BatchNorm2d | None = None,
+        self, weight: Tensor, bias: Tensor, mask: Tensor, batch: int, width: int, before: nn.LayerNorm | None = None
     ) -> None:
-        super().__init__(weight, bias, mask, batch, before, after)
+        super().__init__(weight, bias, mask, batch, before)
         self.inputs = weight.new_zeros(batch, width + 2 * self.side, self.rows, self.channels)
         self.offsets = torch.arange(weight.shape[3], device=weight.device)
         flat, alive = self.inputs.flatten(1), len(self.matrix)
-        self.slots = [self.inputs[:, j + self.side, -1] for j in range(width)]
+        self.places = [self.inputs[:, j + self.side, -1] for j in range(width)]
         self.windows = [flat[:, j * self.rows * self.channels :][:, :alive] for j in range(width)]
 
     def reset(self) -> None:
@@ -84,10 +100,21 @@ class RowCache(TapsCache):
         for row in range(self.rows - 1):
             self.inputs[:, :, row].copy_(self.inputs[:, :, row + 1])
 
+    def place(self, j: int) -> Tensor:
+        return self.places[j]
+
+    def window(self, j: int | Tensor) -> Tensor:
+        if isinstance(j, int):
+            return self.windows[j]
+        return self.inputs.index_select(1, j + self.offsets).flatten(1)[:, : len(self.matrix)]
+
+    def room(self, j: int) -> tuple[Tensor, Tensor]:
+        return self.bias, self.result
+
     def put(self, x: Tensor, j: int | Tensor) -> None:
         """The input [B,C] at column j of the current row."""
         if isinstance(j, int):
-            self.slots[j].copy_(x)
+            self.places[j].copy_(x)
         else:
             self.inputs[:, :, -1].index_copy_(1, j + self.side, x[:, None])
 
@@ -95,35 +122,20 @@ class RowCache(TapsCache):
         """norm(x) as the input."""
         self.put(torch.layer_norm(x, *self.norm) if self.norm else x, j)
 
-    def put_relu(self, x: Tensor, j: int) -> None:
-        """relu(norm(x)) as the input."""
-        if self.norm:
-            x = torch.native_layer_norm(x, *self.norm)[0]
-        torch.clamp_min(x, 0, out=self.slots[j])
-
-    def window(self, j: int | Tensor) -> Tensor:
-        """The inputs [B,taps*C] under the live taps at column j."""
-        if isinstance(j, int):
-            return self.windows[j]
-        return self.inputs.index_select(1, j + self.offsets).flatten(1)[:, : len(self.matrix)]
-
-    def output(self, j: int | Tensor) -> Tensor:
-        """The convolution at column j, [B,out], in a place that the next one overwrites."""
-        return torch.addmm(self.bias, self.window(j), self.matrix, out=self.result)
-
-    def add_output(self, x: Tensor, j: int | Tensor) -> Tensor:
-        """x [B,out] plus the convolution, in place."""
-        return x.add_(self.bias).addmm_(self.window(j), self.matrix)
-
 
 class FrontCache(TapsCache):
     """A causal convolution front by front.
 
-    Memory is a line of (W + 2 side) columns for each image and each of so many rows, and in each column the inputs of
-    that row and of the `rows - 1` above it: an input is written once into its own row and once into each below that
-    will read it. So the taps of a pixel are one stretch of memory. Between rows lies a gap of `skew` columns: then the
-    pixels of a front lie a line apart, as do the images of a batch, and all are one matrix without gathering anything.
-    Padding is zero, once the cache has been reset.
+    Memory is a line of columns, W and the padding, for each image and each of so many rows. A column holds the inputs
+    of its own row and of the `rows - 1` above it, [rows,C], so that the taps of a pixel are one stretch of memory, as
+    in a RowCache; for this an input is written into its own row and into each below that will read it.
+
+    Column j of row i of image b begins at  row_stride * i + line_stride * b + column_stride * j. Between rows there is
+    a gap of `skew` columns, row_stride = B line_stride + skew column_stride, and so at time t = j + skew i that is
+    line_stride (B i + b) + column_stride t: the pixels of a front lie one line apart, as do the images of a batch, and
+    all of them together are one matrix that nobody had to gather.
+
+    Padding is zero, once the cache has been reset. Rows that no front will read again give way to others.
 
     Args:
         weight, bias, mask, before, after: see `TapsCache`.
@@ -143,12 +155,13 @@ class FrontCache(TapsCache):
     ) -> None:
         (height, width), highest = image_size, -(-image_size[1] // skew)
         super().__init__(weight, bias, mask, highest * batch, before, after)
-        self.batch, self.skew, self.held = batch, skew, highest + self.rows - 1  # rows that a front reads or writes
-        self.column = self.rows * self.channels
-        self.line = (width + 2 * self.side) * self.column
-        self.row = batch * self.line + skew * self.column
-        self.top, self.n_rows = 0, min(2 * self.held, height + self.rows - 1)
-        self.inputs = weight.new_empty(self.n_rows * self.row)
+        self.batch, self.skew = batch, skew
+        self.column_stride = self.rows * self.channels
+        self.line_stride = (width + 2 * self.side) * self.column_stride
+        self.row_stride = batch * self.line_stride + skew * self.column_stride
+        in_use = highest + self.rows - 1  # rows that a front reads or writes
+        self.top, self.n_rows = 0, min(2 * in_use, height + self.rows - 1)
+        self.inputs = weight.new_empty(self.n_rows * self.row_stride)
         self.rooms = [(self.bias[: n * batch], self.result[: n * batch]) for n in range(highest + 1)]
 
     def reset(self) -> None:
@@ -156,43 +169,31 @@ class FrontCache(TapsCache):
         self.top = 0
 
     def make_room(self, front: Front) -> None:
-        """Forget rows above the front where those below it would not fit in."""
+        """Forget the rows above the front where those below it would not fit in."""
         last = front.row + front.n - 1
         if last + self.rows > self.top + self.n_rows:
-            size = (last + self.rows - 1 - front.row) * self.row
-            self.inputs[:size].copy_(self.inputs[(front.row - self.top) * self.row :][:size])
+            size = (last + self.rows - 1 - front.row) * self.row_stride
+            self.inputs[:size].copy_(self.inputs[(front.row - self.top) * self.row_stride :][:size])
             self.top = front.row
 
     def place(self, front: Front) -> Tensor:
-        """Where the inputs of the front go: [rows,n*B,C], in each row that reads them."""
-        size, to_next_row = (self.rows, front.n * self.batch, self.channels), self.row - self.channels
-        own = self._start(front) + (self.side + 1) * self.column - self.channels
-        return self.inputs.as_strided(size, (to_next_row, self.line, 1), own)
+        """[rows,n*B,C]: of each row that will read them."""
+        size, to_next_row = (self.rows, front.n * self.batch, self.channels), self.row_stride - self.channels
+        own = self._start(front) + (self.side + 1) * self.column_stride - self.channels
+        return self.inputs.as_strided(size, (to_next_row, self.line_stride, 1), own)
 
     def window(self, front: Front) -> Tensor:
-        """The inputs [n*B,taps*C] under the live taps at the front."""
         size = front.n * self.batch, len(self.matrix)
-        return self.inputs.as_strided(size, (self.line, 1), self._start(front))
+        return self.inputs.as_strided(size, (self.line_stride, 1), self._start(front))
 
-    def _start(self, front: Front) -> int:
-        return (front.row - self.top) * self.batch * self.line + (front.time - self.skew * self.top) * self.column
+    def room(self, front: Front) -> tuple[Tensor, Tensor]:
+        return self.rooms[front.n]
 
     def put(self, x: Tensor, front: Front) -> None:
         """The inputs [n*B,C] at the front."""
         self.place(front).copy_(x)
 
-    def put_relu(self, x: Tensor, front: Front) -> None:
-        """relu(norm(x)) as the inputs."""
-        if self.norm:
-            x = torch.native_layer_norm(x, *self.norm)[0]
-        place = self.place(front)
-        torch.clamp_min(x.expand_as(place), 0, out=place)
-
-    def output(self, front: Front) -> Tensor:
-        """The convolution at the front, [n*B,out], in a place that the next one overwrites."""
-        bias, result = self.rooms[front.n]
-        return torch.addmm(bias, self.window(front), self.matrix, out=result)
-
-    def add_output(self, x: Tensor, front: Front) -> Tensor:
-        """x [n*B,out] plus the convolution, in place."""
-        return x.add_(self.rooms[front.n][0]).addmm_(self.window(front), self.matrix)
+    def _start(self, front: Front) -> int:
+        """Of the window of the front's highest pixel in the first image."""
+        row, time = front.row - self.top, front.time - self.skew * self.top
+        return self.line_stride * self.batch * row + self.column_stride * time

@@ -134,6 +134,8 @@ class GatedLayer(nn.Module):
     it leaves out the own row and the own pixel of the image, and has neither norm nor residual connections.
     """
 
+    recomputable = True
+
     def __init__(
         self,
         in_channels: int,

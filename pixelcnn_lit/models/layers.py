@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 MakeCache = Callable[..., Any]  # (weight, bias, mask, before=, after=) -> a cache of `caches`
 
@@ -65,6 +67,14 @@ class CausalConv2d(nn.Module):
         return F.conv_transpose2d(below, mask, padding=(self.rows - 1, self.side))[0, 0] > 0
 
 
+def recompute_blocks(net: nn.Module) -> int:
+    """Blocks keep their inputs alone for the backward pass, and compute anew what lies within. Returns their number."""
+    blocks = [module for module in net.modules() if getattr(module, "recomputable", False)]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return len(blocks)
+
+
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of each pixel: [B,C,H,W] -> [B,C,H,W]. No pixel sees another one."""
 
@@ -74,6 +84,8 @@ class ChannelNorm(nn.LayerNorm):
 
 class PreNormBlock(nn.Module):
     """x + conv(relu(norm(conv(relu(norm(x)))))), the identity at the start."""
+
+    recomputable = True
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()

@@ -145,6 +145,8 @@ class PixelSelfAttention(nn.Module):
     A pixel may attend to itself: its features know strictly earlier pixels alone.
     """
 
+    recomputable = True
+
     def __init__(self, channels: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads

@@ -94,7 +94,7 @@ class PixelCNN(nn.Module):
         `previous` holds the pixels of the front before, uint8 [n*B,C]; it is ignored at (0, 0), where the cache is
         emptied. In eval mode.
         """
-        front, first = Front.at(i, j, self.image_size[1], self.skew), cache["first"]
+        front, first = Front.of(i, j, self.image_size[1], self.skew), cache["first"]
         if (i, j) == (0, 0):
             for held in cache["all"]:
                 held.reset()

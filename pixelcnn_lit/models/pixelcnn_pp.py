@@ -219,6 +219,8 @@ class Resolution(nn.Module):
 class BlockPair(nn.Module):
     """A block of each stream; that of ul reads what that of u made. With a short-cut, each reads one more input."""
 
+    recomputable = True
+
     def __init__(self, has_shortcut: bool, *own: Any) -> None:
         super().__init__()
         self.has_shortcut = has_shortcut
