@@ -20,7 +20,6 @@ from pixelcnn_lit.fronts import fronts
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.models.layers import CausalConv2d
-from pixelcnn_lit.models.pixelcnn import PixelCNN
 from pixelcnn_lit.samplers import Conditioned, evaluating, fixed_point, picker, walk
 
 NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
@@ -102,7 +101,7 @@ def as_published(density: DensityModel) -> DensityModel:
     """The published PixelCNN of the same size (BatchNorm, dense masked kernels, contiguous memory): the reference."""
     settings = dict(density.hparams)
     size = {key: settings["model"][key] for key in ("hidden_channels", "n_residual")}
-    model = {"_target_": f"{PixelCNN.__module__}.{PixelCNN.__qualname__}", "norm": "batch", **size}
+    model = {"_target_": "pixelcnn_lit.models.pixelcnn.PixelCNN", "norm": "batch", **size}
     published = DensityModel(**settings | {"model": model, "channels_last": False}).to(density.device)
     return with_dense_kernels(published)
 
@@ -125,7 +124,7 @@ class PublishedConv2d(nn.Module):
         super().__init__()
         dead = (0, 0, 0, layer.weight.shape[3] - layer.weight.shape[2])
         self.weight, self.bias, self.side = nn.Parameter(F.pad(layer.weight.detach(), dead)), layer.bias, layer.side
-        self.register_buffer("mask", F.pad(layer.mask.expand_as(layer.weight), dead))
+        self.register_buffer("mask", F.pad(layer.mask, dead))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.side)
@@ -143,11 +142,12 @@ def _dense_convolution(density: DensityModel, x: Tensor, dtype: torch.dtype) -> 
 
 
 def training_rows(density: DensityModel, x: Tensor, y: Tensor, seconds: dict[str, float]) -> dict[str, Any]:
-    width, work = density.hparams["model"]["hidden_channels"], live_flops(density, x, y)
+    width = density.hparams["model"]["hidden_channels"]
+    work = {True: live_flops(as_published(density), x, y), False: live_flops(density, x, y)}
     dense = 3 * 2 * len(x) * x.shape[2] * x.shape[3] * width * width * 9
     rows = {}
     for name in [name for name in seconds if not name.endswith("ceiling")]:
-        rate = work / seconds[name]
+        rate = work[name == PUBLISHED] / seconds[name]
         ceiling = dense / seconds["bf16 ceiling" if name.startswith("bf16") else "fp32 ceiling"]
         rows[f"training, {name}"] = {
             "images/s": len(x) / seconds[name],
@@ -167,7 +167,7 @@ def live_flops(density: DensityModel, x: Tensor, y: Tensor) -> int:
         products = 2 + inputs[0].requires_grad  # with the kernel, and backward for the kernel and for what came in
         dead += 2 * products * output[:, 0].numel() * layer.weight[..., 0, 0].numel() * int((layer.mask == 0).sum())
 
-    hooks = [m.register_forward_hook(count) for m in density.modules() if isinstance(m, CausalConv2d)]
+    hooks = [m.register_forward_hook(count) for m in density.modules() if isinstance(m, CausalConv2d | PublishedConv2d)]
     with FlopCounterMode(display=False) as counted:
         density.nats(x, y).mean().backward()
     for hook in hooks:

@@ -307,6 +307,8 @@ def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_
     x, y = torch.randint(17, (2, 1, 6, 6), dtype=torch.uint8), torch.tensor([0, 2])
     dense = pixelcnn_lit.benchmark.with_dense_kernels(copy.deepcopy(density))
     assert torch.allclose(dense.nats(x, y), density.nats(x, y), rtol=1e-12)
+    live = [pixelcnn_lit.benchmark.live_flops(model.float(), x, y) for model in (density, dense)]
+    assert live[0] == live[1]  # the dead rows of the dense kernels are no work either
     published = pixelcnn_lit.benchmark.as_published(DensityModel(**configs("pixel_attention", "categorical"), **facts))
     kernels = [layer for layer in published.net.modules() if hasattr(layer, "mask")]
     assert len(kernels) == 1 + 2 + 2

@@ -3,19 +3,21 @@
 `RowCache` goes pixel by pixel, `FrontCache` front by front (see `fronts`).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pixelcnn_lit.fronts import Front
+from pixelcnn_lit.models.layers import scale_into
 
 
 class TapsCache:
     """A convolution's live taps as a matrix, with the norm and the ReLU before it. Subclasses decide where inputs lie.
 
-    They have `place(at)`, where the inputs at a column or front go, `window(at)`, the inputs [n,taps*C] under the live
-    taps there, and `room(at)`, biases and results [n,out].
+    They have `place(at)`, where the inputs at a column or front go, `put(x, at)`, which copies x [n,C] there,
+    `window(at)`, the inputs [n,taps*C] under the live taps there, and `room(at)`, biases and results [n,out].
 
     Args:
         weight: masked, [out,in,rows,k]. bias: [out]. mask: [1,1,rows,k].
@@ -25,6 +27,7 @@ class TapsCache:
     """
 
     place: Any
+    put: Any
     window: Any
     room: Any
 
@@ -56,6 +59,10 @@ class TapsCache:
             x = torch.native_layer_norm(x, *self.norm)[0]
         place = self.place(at)
         torch.clamp_min(x.expand_as(place), 0, out=place)
+
+    def put_norm(self, x: Tensor, at: Any) -> None:
+        """norm(x), [n,C], as the inputs."""
+        self.put(torch.layer_norm(x, *self.norm) if self.norm else x, at)
 
     def output(self, at: Any) -> Tensor:
         """The convolution, [n,out], in a place that the next one overwrites."""
@@ -117,10 +124,6 @@ class RowCache(TapsCache):
             self.places[j].copy_(x)
         else:
             self.inputs[:, :, -1].index_copy_(1, j + self.side, x[:, None])
-
-    def put_norm(self, x: Tensor, j: int | Tensor) -> None:
-        """norm(x) as the input."""
-        self.put(torch.layer_norm(x, *self.norm) if self.norm else x, j)
 
 
 class FrontCache(TapsCache):
@@ -197,3 +200,34 @@ class FrontCache(TapsCache):
         """Of the window of the front's highest pixel in the first image."""
         row, time = front.row - self.top, front.time - self.skew * self.top
         return self.line_stride * self.batch * row + self.column_stride * time
+
+
+class ImageFronts:
+    """What a network that goes by fronts keeps of an image: the cache of its first convolution, and all the others.
+
+    Args:
+        first, others: the caches.
+        levels, width: of the image.
+    """
+
+    def __init__(self, first: FrontCache, others: Iterable[FrontCache], levels: int, width: int) -> None:
+        self.first, self.all, self.levels, self.width = first, [first, *others], levels, width
+        self.front = Front(0, 0, 0)
+
+    def advance(self, previous: Tensor, i: int, j: int) -> Front:
+        """The front of (i, j), once `previous`, the pixels of the front before, uint8 [n*B,C], have been taken in.
+
+        At (0, 0) there are none, and the caches are emptied.
+        """
+        if (i, j) == (0, 0):
+            for cache in self.all:
+                cache.reset()
+        else:
+            place = self.first.place(self.front)
+            scale_into(place[..., :-1], previous, self.levels)
+            place[..., -1:].fill_(1)
+        self.front = Front.of(i, j, self.width, self.first.skew)
+        if j == 0:
+            for cache in self.all:
+                cache.make_room(self.front)
+        return self.front

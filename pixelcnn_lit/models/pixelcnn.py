@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.fronts import Front
-from pixelcnn_lit.models.caches import FrontCache
+from pixelcnn_lit.models.caches import FrontCache, ImageFronts
 from pixelcnn_lit.models.layers import (
     CausalConv2d,
     ChannelNorm,
@@ -29,7 +29,6 @@ from pixelcnn_lit.models.layers import (
     OutputStack,
     PreNormBlock,
     scale,
-    scale_into,
 )
 
 
@@ -86,7 +85,8 @@ class PixelCNN(nn.Module):
         first = self.first.cache(make)
         first.bias.unflatten(0, (-1, len(y))).add_(self.embed(y)[..., 0, 0])
         blocks, last = [block.init_cache(make) for block in self.blocks], self.last.init_cache(make)
-        return {"first": first, "blocks": blocks, "last": last, "all": [first, *chain(*blocks, last)]}
+        image = ImageFronts(first, chain(*blocks, last), self.levels, self.image_size[1])
+        return {"image": image, "blocks": blocks, "last": last}
 
     def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
         """Features [n*B,D] at the front of (i, j), asked for in the order of `fronts`; equal to `forward` there.
@@ -94,19 +94,8 @@ class PixelCNN(nn.Module):
         `previous` holds the pixels of the front before, uint8 [n*B,C]; it is ignored at (0, 0), where the cache is
         emptied. In eval mode.
         """
-        front, first = Front.of(i, j, self.image_size[1], self.skew), cache["first"]
-        if (i, j) == (0, 0):
-            for held in cache["all"]:
-                held.reset()
-        else:
-            place = first.place(cache["front"])
-            scale_into(place[..., :-1], previous, self.levels)
-            place[..., -1:].fill_(1)
-        if j == 0:
-            for held in cache["all"]:
-                held.make_room(front)
-        cache["front"] = front
-        h = first.output(front)
+        front = cache["image"].advance(previous, i, j)
+        h = cache["image"].first.output(front)
         for block, own in zip(self.blocks, cache["blocks"], strict=True):
             h = block.step(own, h, front)
         return self.last.step(cache["last"], h, front)
