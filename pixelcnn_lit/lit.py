@@ -61,7 +61,7 @@ class DensityModel(L.LightningModule):
         optimizer, scheduler: configs; a scheduler of None keeps the learning rate.
         label_dropout: share of training images whose class is hidden from the network.
         channels_last: memory format of weights and activations.
-        gradient_checkpointing: keep the inputs of blocks alone for the backward pass: less memory, a third more time.
+        gradient_checkpointing: keep of each block its input alone; the backward pass computes the rest again.
         compile: compile the network in place.
     """
 
