@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.models.caches import RowCache
-from pixelcnn_lit.models.layers import ChannelNorm, ClassEmbedding, scale, scale_into
+from pixelcnn_lit.models.layers import ChannelNorm, ClassEmbedding, PointwiseStack, scale, scale_into
 
 
 class GatedPixelCNN(nn.Module):
@@ -38,7 +38,6 @@ class GatedPixelCNN(nn.Module):
     train_is_likelihood = True
     replayable = True  # as a CUDA graph: see `step`
     layers: Any
-    last: Any
 
     def __init__(
         self,
@@ -58,17 +57,11 @@ class GatedPixelCNN(nn.Module):
         self.layers = nn.ModuleList([GatedLayer(image_shape[0] + 1, hidden_channels, 7, "A", *classes)])
         for _ in range(n_residual):
             self.layers.append(GatedLayer(hidden_channels, hidden_channels, kernel_size, "B", *classes, dropout))
-        self.last = nn.Sequential(
-            ChannelNorm(hidden_channels),
-            nn.ReLU(),
-            nn.Conv2d(hidden_channels, hidden_channels, 1),
-            nn.ReLU(),
-            nn.Conv2d(hidden_channels, out_channels, 1),
-        )
+        self.last = PointwiseStack(hidden_channels, out_channels)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
-        v = h = scale(x, self.levels, like=self.last[-1].weight)
+        v = h = scale(x, self.levels, like=self.layers[0].out.weight)
         for layer in self.layers:
             v, h = layer(v, h, y)
         return self.last(h)
@@ -79,15 +72,13 @@ class GatedPixelCNN(nn.Module):
         layers = [layer.init_cache(y, width) for layer in self.layers]
         image = layers[0].left
         pixel = image.inputs.new_ones(len(y), image.inputs.shape[-1])
-        norm, _, hidden, _, out = self.last
         return {
             "pixel": pixel,
             "scaled": pixel[:, :-1],
             "image": image,
             "row": image.inputs[:, image.side :][:, :width].permute(0, 3, 2, 1),  # [B,C+1,1,W]
             "layers": layers,
-            "norm": (norm.normalized_shape, norm.weight, norm.bias, norm.eps),
-            "last": [(conv.bias, conv.weight[..., 0, 0].T.contiguous()) for conv in (hidden, out)],
+            "last": self.last.init_cache(),
         }
 
     def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
@@ -112,9 +103,7 @@ class GatedPixelCNN(nn.Module):
         h = cache["pixel"]
         for layer, held in zip(self.layers, cache["layers"], strict=True):
             h = layer.step(held, h, column)
-        (bias1, matrix1), (bias2, matrix2) = cache["last"]
-        h = torch.addmm(bias1, torch.layer_norm(h, *cache["norm"]).relu_(), matrix1)
-        return torch.addmm(bias2, h.relu_(), matrix2)
+        return self.last.step(cache["last"], h)
 
     def context(self, i: int, j: int) -> Tensor:
         """The earlier pixels, bool [H,W], that the features at row i, column j depend on."""

@@ -140,6 +140,26 @@ class OutputStack(nn.Sequential):
         return torch.addmm(out.bias, x.relu_(), out.weight[..., 0, 0].T)
 
 
+class PointwiseStack(nn.Sequential):
+    """From the layers to the features, within each pixel: two 1×1 convolutions, a ReLU before each."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        convs = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, out_channels, 1)
+        super().__init__(ChannelNorm(channels), nn.ReLU(), convs[0], nn.ReLU(), convs[1])
+
+    def init_cache(self) -> tuple[Any, ...]:
+        parts: Any = list(self)
+        norm, _, hidden, _, out = parts
+        matrices = ((conv.bias, conv.weight[..., 0, 0].T.contiguous()) for conv in (hidden, out))
+        return (norm.normalized_shape, norm.weight, norm.bias, norm.eps), *matrices
+
+    def step(self, cache: tuple[Any, ...], x: Tensor) -> Tensor:
+        """`forward` of pixels [n,C] -> features [n,D]."""
+        norm, (bias1, matrix1), (bias2, matrix2) = cache
+        x = torch.addmm(bias1, torch.layer_norm(x, *norm).relu_(), matrix1)
+        return torch.addmm(bias2, x.relu_(), matrix2)
+
+
 class ClassEmbedding(nn.Module):
     """A bias per class and channel. Row `num_classes` means "no class"; unconditional networks use only that row."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.fronts import Front
 from pixelcnn_lit.models.caches import FrontCache, ImageFronts
-from pixelcnn_lit.models.layers import CausalConv2d, ChannelNorm, ClassEmbedding, MakeCache, scale
+from pixelcnn_lit.models.layers import CausalConv2d, ChannelNorm, ClassEmbedding, MakeCache, PointwiseStack, scale
 
 
 class RowLSTM(nn.Module):
@@ -37,7 +37,6 @@ class RowLSTM(nn.Module):
     train_is_likelihood = True
     skew = 4  # the first row above is seen up to three columns to the right, further ones up to one more each
     layers: Any
-    last: Any
 
     def __init__(
         self,
@@ -56,13 +55,7 @@ class RowLSTM(nn.Module):
         self.layers = nn.ModuleList(
             RowLSTMLayer(hidden_channels, num_classes, conditional, dropout) for _ in range(n_residual)
         )
-        self.last = nn.Sequential(
-            ChannelNorm(hidden_channels),
-            nn.ReLU(),
-            nn.Conv2d(hidden_channels, hidden_channels, 1),
-            nn.ReLU(),
-            nn.Conv2d(hidden_channels, out_channels, 1),
-        )
+        self.last = PointwiseStack(hidden_channels, out_channels)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
@@ -75,12 +68,10 @@ class RowLSTM(nn.Module):
         """All storage for stepping through images of the classes y [B]."""
         make = partial(FrontCache, batch=len(y), image_size=self.image_size, skew=self.skew)
         first, layers = self.first.cache(make), [layer.init_cache(make, y) for layer in self.layers]
-        norm, _, hidden, _, out = self.last
         return {
             "image": ImageFronts(first, chain(*layers), self.levels, self.image_size[1]),
             "layers": layers,
-            "norm": (norm.normalized_shape, norm.weight, norm.bias, norm.eps),
-            "last": [(conv.bias, conv.weight[..., 0, 0].T.contiguous()) for conv in (hidden, out)],
+            "last": self.last.init_cache(),
         }
 
     def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
@@ -93,9 +84,7 @@ class RowLSTM(nn.Module):
         h = cache["image"].first.output(front)
         for layer, own in zip(self.layers, cache["layers"], strict=True):
             h = layer.step(own, h, front)
-        (bias1, matrix1), (bias2, matrix2) = cache["last"]
-        h = torch.addmm(bias1, torch.layer_norm(h, *cache["norm"]).relu_(), matrix1)
-        return torch.addmm(bias2, h.relu_(), matrix2)
+        return self.last.step(cache["last"], h)
 
     def context(self, i: int, j: int) -> Tensor:
         """The earlier pixels, bool [H,W], that the features at row i, column j depend on."""
