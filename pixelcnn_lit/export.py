@@ -21,11 +21,12 @@ def main(ckpt: str, out: str, half: bool) -> None:
     dataset["name"] = plain_name(dataset["name"])
     weights = {name: in_half(name, weight) if half else weight for name, weight in model.state_dict().items()}
     write_weights(Path(out), weights, dict(model.hparams) | {"dataset": dataset})
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters of {model.hparams['label']}: {shown(out)}")
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters in {'float16' if half else 'float32'}"
+    print(f"{size} of {model.hparams['label']}: {shown(out)}")
 
 
 def in_half(name: str, weight: Tensor) -> Tensor:
-    """Rounded to float16, which moves a score in its third or fourth digit; UserError where a value is too large."""
+    """Rounded to float16, which moves a score in its fourth decimal or so; UserError where a value is too large."""
     halved = weight.half() if weight.is_floating_point() else weight
     if not bool(halved.isfinite().all()):
         raise UserError(f"half=true: some values of {name} are too large for float16; type half=false")

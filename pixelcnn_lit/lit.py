@@ -99,8 +99,8 @@ class DensityModel(L.LightningModule):
             self.net.to(memory_format=torch.channels_last)
         if gradient_checkpointing and not recompute_blocks(self.net):
             raise UserError(
-                "gradient_checkpointing=true: this network has no blocks that may be computed twice (BatchNorm would "
-                "count each batch twice, too); type gradient_checkpointing=false"
+                "gradient_checkpointing=true: this network has no blocks that can be computed twice, as those of "
+                "model.norm=batch cannot; type gradient_checkpointing=false"
             )
         if compile:
             self.net.compile()  # in place: torch.compile(net) would rename the weights in the checkpoint

@@ -260,8 +260,8 @@ def draw(
     """Images of each class asked for: uint8 [K,n_per_class,C,H,W].
 
     Args:
-        method: "naive" evaluates the network on the whole image once a pixel; "cached" on the pixel alone, where the
-            network can step, else as "fixed_point"; "fixed_point" on the whole image until nothing changes.
+        method: "naive" evaluates the network on the whole image once a pixel; "cached" on the pixel or front alone,
+            where the network can step, else as "fixed_point"; "fixed_point" on the whole image until nothing changes.
         temperature, top_k, top_p: see `sharpened`. guidance_scale, mix_with, mix_weight: see `Conditioned`.
         batch_size: images at a time, which changes nothing but time and memory.
         bf16: the network in bfloat16: faster where the machine is, and approximate.

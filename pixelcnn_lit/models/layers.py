@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MakeCache = Callable[..., Any]  # (weight, bias, mask, before=, after=) -> a cache of `caches`
+MakeCache = Callable[..., Any]  # (weight, bias, mask, and what stands before or after) -> a cache of `caches`
 
 
 def scale(x: Tensor, levels: int, like: Tensor) -> Tensor:
