@@ -27,7 +27,7 @@ class SampleGrid(Callback):
     """Draw class-conditional samples after validation, a row a class, as PNG and to TensorBoard, real images beside.
 
     The noise is the sampler's own, so the random stream of training is not touched; the weights are those that were
-    validated (averaged ones, where this callback stands before EMAWeightAveraging). `train` calls `draw` once more at
+    validated (averaged ones, where this callback stands before EMA). `train` calls `draw` once more at
     the end, with the best weights.
 
     Args:

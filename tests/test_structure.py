@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 FLOORS = (
     ("errors", "noise", "pictures", "fronts"),
     ("build", "command", "checkpoints"),
-    ("data", "models.caches", "models.layers", "likelihoods", "schedulers"),
+    ("data", "models.caches", "models.layers", "likelihoods", "schedulers", "averaging"),
     ("models",),
     ("samplers",),
     ("lit", "machine"),

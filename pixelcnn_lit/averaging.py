@@ -1,0 +1,32 @@
+"""The average of the weights that is validated, tested and saved as the model."""
+
+from typing import Annotated
+
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+from pixelcnn_lit.build import Range
+
+
+class EMA(WeightAveraging):
+    """An exponential moving average that never looks back further than about a tenth of the run.
+
+    After n steps the weights that were are kept by  min(decay, n / (n + 9)).  An average of a fixed length would still
+    hold the weights of the start, when a run ends before it.
+
+    Args:
+        decay: at most. 0.999 looks back a thousand steps, once ten thousand have been made.
+    """
+
+    def __init__(self, decay: Annotated[float, Range(0, 1)] = 0.999) -> None:
+        @torch.no_grad()
+        def average(averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
+            new = (9 / (n + 9)).clamp_min(1 - decay)
+            for kept, current in zip(averages, weights, strict=True):
+                if kept.is_floating_point():
+                    kept.lerp_(current, new.to(kept.dtype))
+                else:
+                    kept.copy_(current)  # a BatchNorm's count of batches
+
+        super().__init__(multi_avg_fn=average)

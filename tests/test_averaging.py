@@ -1,0 +1,55 @@
+"""The average of the weights."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from pixelcnn_lit.averaging import EMA
+
+
+class Steps(L.LightningModule):
+    """A weight, and a count."""
+
+    count: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def average_of(n_steps: int, decay: float) -> dict[str, torch.Tensor]:
+    """The averaged state after weights 0, 1, ..., n_steps - 1."""
+    module, ema = Steps(), EMA(decay)
+    ema.setup(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), module, "fit")
+    average = ema._average_model
+    assert average is not None
+    for step in range(n_steps):
+        module.weight.data.fill_(step)
+        module.count.fill_(step)
+        average.update_parameters(module)
+    return average.module.state_dict()
+
+
+@pytest.mark.parametrize(("n_steps", "decay"), [(1, 0.9), (2, 0.9), (50, 0.99), (300, 0.9)])
+def test_it_is_the_weighted_sum_it_says(n_steps, decay):
+    share, total, shares = 1.0, 0.0, []
+    for n in reversed(range(n_steps)):
+        kept = min(decay, n / (n + 9))
+        shares.append(share * (1 - kept))
+        total, share = total + n * shares[-1], share * kept
+    assert share == 0, "nothing is left of the weights before the first step"
+    assert sum(shares) == pytest.approx(1)
+    average = average_of(n_steps, decay)
+    assert average["weight"].item() == pytest.approx(total, rel=1e-6)
+    assert average["count"] == n_steps - 1
+
+
+def test_it_looks_back_a_tenth_of_a_run_or_as_far_as_its_decay_says():
+    def lag(n: int, decay: float) -> float:
+        return n - 1 - average_of(n, decay)["weight"].item()
+
+    assert lag(100, 0.999) == pytest.approx(10, abs=1)
+    assert lag(1000, 0.999) == pytest.approx(100, abs=1)
+    assert lag(1000, 0.9) == pytest.approx(9, abs=0.1)
