@@ -173,3 +173,13 @@ class ClassEmbedding(nn.Module):
         """int64 [B] -> [B,channels,1,1]."""
         row = y if self.conditional else torch.full_like(y, self.no_class)
         return self.table(row)[:, :, None, None]
+
+
+def lstm(gates: Tensor, c: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The new state and cell, from the gates o, f, i, g along `dim`, as wide as the states each, and the cell before.
+
+    van den Oord et al. 2016, Pixel Recurrent Neural Networks, equation 3.
+    """
+    o, f, i, g = gates.chunk(4, dim=dim)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh().to(o.dtype), c

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.fronts import Front
 from pixelcnn_lit.models.caches import FrontCache, ImageFronts
-from pixelcnn_lit.models.layers import CausalConv2d, ChannelNorm, ClassEmbedding, MakeCache, PointwiseStack, scale
+from pixelcnn_lit.models.layers import (
+    CausalConv2d,
+    ChannelNorm,
+    ClassEmbedding,
+    MakeCache,
+    PointwiseStack,
+    lstm,
+    scale,
+)
 
 
 class RowLSTM(nn.Module):
@@ -122,7 +130,7 @@ class RowLSTMLayer(nn.Module):
         h = torch.zeros_like(inputs[:, : self.out.in_channels, 0])  # [B,states,W]
         c, rows = h.to(torch.promote_types(h.dtype, torch.float32)), []  # in bf16 a long sum would stand still
         for row in inputs.unbind(2):
-            h, c = lstm(row + self.state_to_state(h), c)
+            h, c = lstm(row + self.state_to_state(h), c, dim=1)
             rows.append(h)
         return x + self.out(self.dropout(torch.stack(rows, dim=2)))
 
@@ -141,7 +149,7 @@ class RowLSTMLayer(nn.Module):
         """`forward` at a front, without dropout: x [n*B,channels] -> the same, in place."""
         inputs, hidden, cells = cache
         inputs.put_norm(x, front)
-        h, c = lstm(hidden.add_output(inputs.output(front), front), cells.window(front))
+        h, c = lstm(hidden.add_output(inputs.output(front), front), cells.window(front), dim=1)
         hidden.put(h, front)
         cells.put(c, front)
         return x.addmm_(h, self.out.weight[..., 0, 0].T)
@@ -152,10 +160,3 @@ class RowLSTMLayer(nn.Module):
         for i in range(len(seen) - 1, 0, -1):
             states[i - 1] |= F.max_pool1d(states[i][None].float(), 3, 1, 1)[0] > 0
         return states | F.pad(states, (-1, 1))
-
-
-def lstm(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The new state and cell from gates [B,4*states,...] and the cell above [B,states,...]: equation 3."""
-    o, f, i, g = gates.chunk(4, dim=1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh().to(o.dtype), c

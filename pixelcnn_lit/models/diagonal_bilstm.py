@@ -1,0 +1,231 @@
+"""Diagonal BiLSTM: two LSTMs that go along the diagonals of an image, one from its left corner and one from its right.
+
+Paper: van den Oord, Kalchbrenner, Kavukcuoglu 2016, Pixel Recurrent Neural Networks (arXiv 1601.06759), section 3.2
+    and equation 3; the residual connection of section 3.3 and figure 5: states are half as wide as the stream.
+What differs: the pixel before in raster order enters directly: with the paper's masks alone, the last pixel of the row
+    above reaches no pixel but the last ones of a row. The class enters the gates as a bias; colour is left to the
+    likelihood; a norm over channels before each layer; the 1×1 convolution that ends a layer starts at zero.
+Receptive field: every earlier pixel, from the first layer on.
+Training-mode loss: a likelihood.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixelcnn_lit.build import Range
+from pixelcnn_lit.models.caches import RowCache
+from pixelcnn_lit.models.layers import (
+    CausalConv2d,
+    ChannelNorm,
+    ClassEmbedding,
+    PointwiseStack,
+    lstm,
+    scale,
+    scale_into,
+)
+
+
+class DiagonalBiLSTM(nn.Module):
+    """features = Net(x, y), [B,out_channels,H,W], at each pixel a function of the class and all earlier pixels.
+
+    Args:
+        image_shape, num_classes, levels: facts of the data.
+        out_channels: features per pixel, which the likelihood asks for.
+        hidden_channels, n_residual: width of the stream, and number of BiLSTM layers.
+        conditional: false trains without the class.
+        dropout: rate of the states on their way into the stream.
+    """
+
+    train_is_likelihood = True
+    layers: Any
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        levels: int,
+        out_channels: int,
+        hidden_channels: Annotated[int, Range(2)],
+        n_residual: Annotated[int, Range(1, 1000)],
+        conditional: bool = True,
+        dropout: Annotated[float, Range(0, 0.99)] = 0.0,
+    ) -> None:
+        super().__init__()
+        self.levels, self.image_size = levels, (image_shape[1], image_shape[2])
+        self.first = CausalConv2d(image_shape[0] + 1, hidden_channels, 7, "A")
+        self.before = nn.Conv2d(image_shape[0] + 1, hidden_channels, 1, bias=False)
+        self.layers = nn.ModuleList(
+            DiagonalLayer(hidden_channels, num_classes, conditional, dropout) for _ in range(n_residual)
+        )
+        self.last = PointwiseStack(hidden_channels, out_channels)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
+        pixels = scale(x, self.levels, like=self.first.weight)
+        before = F.pad(pixels.flatten(2), (1, -1)).view_as(pixels)  # in raster order, over the ends of rows
+        h = self.first(pixels) + self.before(before)
+        for layer in self.layers:
+            h = layer(h, y)
+        return self.last(h)
+
+    def init_cache(self, y: Tensor) -> dict[str, Any]:
+        """All storage for stepping through images of the classes y [B]."""
+        width = self.image_size[1]
+        pixel = self.before.weight.new_ones(len(y), self.before.in_channels)
+        return {
+            "pixel": pixel,
+            "scaled": pixel[:, :-1],
+            "first": self.first.cache(partial(RowCache, batch=len(y), width=width)),
+            "before": self.before.weight[..., 0, 0].T.contiguous(),
+            "states": States(self.layers, y, width),
+            "last": self.last.init_cache(),
+        }
+
+    def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
+        """Features [B,D] at row i, column j, asked for in raster order; equal to `forward` there in eval mode.
+
+        `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied. The LSTM from
+        the right goes through a row when the row below it begins.
+        """
+        first, states = cache["first"], cache["states"]
+        if (i, j) == (0, 0):
+            first.reset()
+            states.reset()
+        else:
+            scale_into(cache["scaled"], previous, self.levels)
+            first.put(cache["pixel"], (j - 1) % self.image_size[1])
+        if j == 0 and i > 0:
+            first.new_row()
+            states.new_row()
+        h = first.output(j)
+        if (i, j) != (0, 0):
+            h.addmm_(cache["pixel"], cache["before"])
+        for layer in range(len(self.layers)):
+            h = states.step(layer, h, j)
+        return self.last.step(cache["last"], h)
+
+    def context(self, i: int, j: int) -> Tensor:
+        """The earlier pixels, bool [H,W], that the features at row i, column j depend on: all."""
+        height, width = self.image_size
+        return (torch.arange(height * width) < i * width + j).view(height, width)
+
+
+class DiagonalLayer(nn.Module):
+    """x + conv1×1(left + the row above of right), the states of two LSTMs over norm(x) (equation 3).
+
+    `left` at (i, j) has seen (i, j-1) and (i-1, j), and so all that is not below it or to the right of it; `right`
+    has seen (i, j+1) and (i-1, j). Moved down by a row, `right` sees no later pixel.
+
+    [o, f, i, g] = s2s (h_beside, h_above) + i2s norm(x) + class;  c = σ(f) c_beside + σ(i) tanh(g);  h = σ(o) tanh(c).
+    """
+
+    recomputable = True
+
+    def __init__(self, channels: int, num_classes: int, conditional: bool, dropout: float) -> None:
+        super().__init__()
+        states = channels // 2
+        self.norm = ChannelNorm(channels)
+        self.input_to_state = nn.Conv2d(channels, 8 * states, 1)  # of the left LSTM, then of the right one
+        self.state_to_state = nn.Conv1d(2 * states, 8 * states, 2, groups=2, bias=False)  # taps: above, beside
+        self.embed = ClassEmbedding(num_classes, 8 * states, conditional)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Conv2d(states, channels, 1, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """[B,channels,H,W] -> [B,channels,H,W]."""
+        inputs = self.input_to_state(self.norm(x))
+        left, right = (inputs + self.embed(y).to(inputs.dtype)).movedim(1, -1).chunk(2, dim=-1)  # [B,H,W,4*states]
+        left, right = straight(self.scan(skewed(torch.stack([left, right.flip(2)]))))
+        h = left + F.pad(right.flip(2), (0, 0, 0, 0, 1, -1))
+        return x + self.out(self.dropout(h.movedim(-1, 1)))
+
+    def scan(self, gates: Tensor) -> Tensor:
+        """Both LSTMs from diagonal to diagonal: [2,B,H,diagonals,4*states] -> states [2,B,H,diagonals,states].
+
+        Beside the image inputs are zero, and with them the states before its first column.
+        """
+        matrix, size = self.matrix().to(gates.dtype), gates.shape[:3]
+        h = gates.new_zeros(*size, self.out.in_channels)
+        c, done = h.flatten(1, 2).to(torch.promote_types(h.dtype, torch.float32)), []  # in bf16 a sum would stand still
+        for column in gates.unbind(3):
+            seen = torch.cat([h, F.pad(h, (0, 0, 1, -1))], dim=-1)
+            new, c = lstm(torch.baddbmm(column.flatten(1, 2), seen.flatten(1, 2), matrix), c, dim=-1)
+            h = new.unflatten(1, size[1:])
+            done.append(h)
+        return torch.stack(done, dim=3)
+
+    def matrix(self) -> Tensor:
+        """State-to-state, of the left and the right LSTM: states beside and above -> gates, [2,2*states,4*states]."""
+        by_side = self.state_to_state.weight.unflatten(0, (2, -1))  # [2,4*states,states,2]
+        return by_side.flip(-1).permute(0, 3, 2, 1).flatten(1, 2)
+
+
+def skewed(x: Tensor) -> Tensor:
+    """[...,H,W,C] -> [...,H,H+W-1,C]: row i moved i columns to the right, zeros beside. A diagonal is now a column."""
+    height, width = x.shape[-3:-1]
+    return F.pad(x, (0, 0, 0, height)).flatten(-3, -2)[..., :-height, :].unflatten(-2, (height, height + width - 1))
+
+
+def straight(x: Tensor) -> Tensor:
+    """The inverse of `skewed`: [...,H,H+W-1,C] -> [...,H,W,C]."""
+    height, diagonals = x.shape[-3:-1]
+    rows = F.pad(x.flatten(-3, -2), (0, 0, 0, height)).unflatten(-2, (height, diagonals + 1))
+    return rows[..., : diagonals + 1 - height, :]
+
+
+class States:
+    """What the layers keep between two pixels of images of the classes y [B].
+
+    normed [L,B,W,channels]: the inputs of the present row, which the LSTM from the right reads once it is complete.
+    left [L,B,1+W,states]: at column 1+j the left state of the present row, or of the one above where that has not come
+    yet; so what a pixel sees, beside and above it, lies together. cells [L,B,states]: of the pixel before.
+    right [L,B,W,states]: of the row above.
+    """
+
+    def __init__(self, layers: Sequence[Any], y: Tensor, width: int) -> None:
+        n_states, channels = layers[0].out.in_channels, layers[0].out.out_channels
+        zeros, size = layers[0].out.weight.new_zeros, (len(layers), len(y))
+        self.norms = [
+            (norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (own.norm for own in layers)
+        ]
+        bias = torch.stack([own.input_to_state.bias + own.embed(y)[..., 0, 0] for own in layers])  # [L,B,8*states]
+        inputs = torch.stack([own.input_to_state.weight[..., 0, 0].T for own in layers])  # [L,channels,8*states]
+        left, right = torch.stack([own.matrix() for own in layers], dim=1)  # [L,2*states,4*states] each
+        self.bias, self.bias_right = (half.contiguous() for half in bias.chunk(2, dim=-1))
+        self.inputs, self.inputs_right = (half.contiguous() for half in inputs.chunk(2, dim=-1))
+        self.seen, self.beside_right, self.above_right = left, *right.chunk(2, dim=1)
+        self.out = torch.stack([own.out.weight[..., 0, 0].T for own in layers])
+        self.normed, self.right = zeros(*size, width, channels), zeros(*size, width, n_states)
+        self.left, self.cells = zeros(*size, 1 + width, n_states), zeros(*size, n_states)
+        flat = self.left.flatten(2)
+        self.windows = [flat[..., j * n_states : (j + 2) * n_states] for j in range(width)]
+
+    def reset(self) -> None:
+        for kept in (self.left, self.right, self.cells):
+            kept.zero_()
+
+    def new_row(self) -> None:
+        """The LSTM from the right goes through the row that is complete, all layers side by side."""
+        gates = self.normed.flatten(1, 2) @ self.inputs_right + self.right.flatten(1, 2) @ self.above_right
+        columns = (gates.view(*self.right.shape[:3], -1) + self.bias_right[:, :, None]).unbind(2)
+        h, c = torch.zeros_like(self.cells), torch.zeros_like(self.cells)
+        for j in reversed(range(len(columns))):
+            h, c = lstm(torch.baddbmm(columns[j], h, self.beside_right), c, dim=-1)
+            self.right[:, :, j] = h
+        self.cells.zero_()
+
+    def step(self, layer: int, x: Tensor, j: int) -> Tensor:
+        """The layer's `forward` at column j of the row, without dropout: x [B,channels] -> the same, in place."""
+        normed = torch.layer_norm(x, *self.norms[layer])
+        self.normed[layer, :, j] = normed
+        gates = torch.addmm(self.bias[layer], normed, self.inputs[layer])
+        gates.addmm_(self.windows[j][layer], self.seen[layer])
+        h, c = lstm(gates, self.cells[layer], dim=-1)
+        self.left[layer, :, j + 1], self.cells[layer] = h, c
+        return x.addmm_(h + self.right[layer, :, j], self.out[layer])
