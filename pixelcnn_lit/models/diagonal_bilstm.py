@@ -152,7 +152,7 @@ class DiagonalLayer(nn.Module):
         """
         matrix, size = self.matrix().to(gates.dtype), gates.shape[:3]
         h = gates.new_zeros(*size, self.out.in_channels)
-        c, done = h.flatten(1, 2).to(torch.promote_types(h.dtype, torch.float32)), []  # in bf16 a sum would stand still
+        c, done = h.flatten(1, 2).to(torch.promote_types(h.dtype, torch.float32)), []
         for column in gates.unbind(3):
             seen = torch.cat([h, F.pad(h, (0, 0, 1, -1))], dim=-1)
             new, c = lstm(torch.baddbmm(column.flatten(1, 2), seen.flatten(1, 2), matrix), c, dim=-1)

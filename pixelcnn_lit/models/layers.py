@@ -178,8 +178,9 @@ class ClassEmbedding(nn.Module):
 def lstm(gates: Tensor, c: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The new state and cell, from the gates o, f, i, g along `dim`, as wide as the states each, and the cell before.
 
-    van den Oord et al. 2016, Pixel Recurrent Neural Networks, equation 3.
+    van den Oord et al. 2016, Pixel Recurrent Neural Networks, equation 3. Computed in the precision of the cell: in
+    bf16, a long sum would stand still.
     """
-    o, f, i, g = gates.chunk(4, dim=dim)
+    o, f, i, g = gates.to(c.dtype).chunk(4, dim=dim)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh().to(o.dtype), c
+    return (o.sigmoid() * c.tanh()).to(gates.dtype), c

@@ -128,7 +128,7 @@ class RowLSTMLayer(nn.Module):
         inputs = self.input_to_state(F.pad(self.norm(x), (1, 0)))
         inputs = inputs + self.embed(y).to(inputs.dtype)
         h = torch.zeros_like(inputs[:, : self.out.in_channels, 0])  # [B,states,W]
-        c, rows = h.to(torch.promote_types(h.dtype, torch.float32)), []  # in bf16 a long sum would stand still
+        c, rows = h.to(torch.promote_types(h.dtype, torch.float32)), []
         for row in inputs.unbind(2):
             h, c = lstm(row + self.state_to_state(h), c, dim=1)
             rows.append(h)
