@@ -67,11 +67,12 @@ def make(
 def redraw(module: nn.Module, seed: int = 0) -> None:
     """Parameters and BatchNorm statistics from a normal: fresh weights hide leaks behind zeros.
 
-    Weights are scaled by their fan-in so that deep networks neither saturate nor vanish; masks stay as they are.
+    Weights are scaled by their fan-in so that deep networks neither saturate nor vanish, and biases are small, so that
+    it is not they that decide an image; masks stay as they are.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        fan_in = max(1, parameter[0].numel())
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 9
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 1.5 / fan_in**0.5)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):

@@ -46,21 +46,19 @@ STEERED = [
     {"temperature": 0.6},
     {"guidance_scale": 2.5},
     {"mix_with": 3, "mix_weight": 0.3},
-    {"top_k": 5, "top_p": 0.8},
+    {"top_k": 5, "top_p": 0.95},
 ]
 
 
 @pytest.mark.parametrize("steer", STEERED, ids=str)
 @pytest.mark.parametrize(("network", "likelihood"), PAIRS)
 def test_law_5_naive_cached_and_fixed_point_draw_the_same_image(network, likelihood, steer):
-    by_another_seed = []
     for shape, y in ((SHAPE, [0, 1, 2]), ((1, 8, 8), [3])):
         net, inside = make(network, likelihood, shape, levels=17, num_classes=4)
         naive, cached, fixed = (drawn(net, inside, y, shape, method=method, seed=7, **steer) for method in METHODS)
         assert torch.equal(naive, cached)
         assert torch.equal(naive, fixed)
-        by_another_seed.append(torch.equal(naive, drawn(net, inside, y, shape, seed=8, **steer)))
-    assert not all(by_another_seed)
+        assert not torch.equal(naive, drawn(net, inside, y, shape, seed=8, **steer))
 
 
 @pytest.mark.parametrize(("network", "likelihood"), PAIRS)
