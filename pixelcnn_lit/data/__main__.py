@@ -32,6 +32,8 @@ def main(dataset: dict[str, Any]) -> None:
     print(shown(run_dir() / "images.png"))
     if len(data.train) >= data.batch_size:
         print(f"its loader serves {loader_speed(data):,.0f} training images/s in batches of {data.batch_size}")
+    else:
+        print(f"too few to train on in batches of dataset.batch_size={data.batch_size}")
 
 
 def loader_speed(data: ImageData) -> float:

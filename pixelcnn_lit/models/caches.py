@@ -126,6 +126,33 @@ class RowCache(TapsCache):
             self.inputs[:, :, -1].index_copy_(1, j + self.side, x[:, None])
 
 
+class ImageRows:
+    """What a network that goes pixel by pixel keeps of an image: the cache of its first convolution, and all others.
+
+    `pixel` [B,C+1] is the pixel before, as `scale` makes it.
+
+    Args:
+        first: the cache. others: what else has a `reset` and a `new_row`.
+        levels: of the image.
+    """
+
+    def __init__(self, first: RowCache, others: Iterable[Any], levels: int) -> None:
+        self.first, self.all, self.levels = first, [first, *others], levels
+        self.pixel = first.inputs.new_ones(len(first.inputs), first.channels)
+
+    def advance(self, previous: Tensor, i: int, j: int) -> None:
+        """Take in `previous`, the pixel before (i, j), uint8 [B,C]. At (0, 0) there is none, and all is emptied."""
+        if (i, j) == (0, 0):
+            for cache in self.all:
+                cache.reset()
+        else:
+            scale_into(self.pixel[:, :-1], previous, self.levels)
+            self.first.put(self.pixel, (j - 1) % len(self.first.places))
+        if j == 0 and i > 0:
+            for cache in self.all:
+                cache.new_row()
+
+
 class FrontCache(TapsCache):
     """A causal convolution front by front.
 

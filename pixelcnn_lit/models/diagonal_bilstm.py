@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.caches import RowCache
+from pixelcnn_lit.models.caches import ImageRows, RowCache
 from pixelcnn_lit.models.layers import (
     CausalConv2d,
     ChannelNorm,
@@ -26,7 +26,6 @@ from pixelcnn_lit.models.layers import (
     PointwiseStack,
     lstm,
     scale,
-    scale_into,
 )
 
 
@@ -76,13 +75,11 @@ class DiagonalBiLSTM(nn.Module):
     def init_cache(self, y: Tensor) -> dict[str, Any]:
         """All storage for stepping through images of the classes y [B]."""
         width = self.image_size[1]
-        pixel = self.before.weight.new_ones(len(y), self.before.in_channels)
+        first, states = self.first.cache(partial(RowCache, batch=len(y), width=width)), States(self.layers, y, width)
         return {
-            "pixel": pixel,
-            "scaled": pixel[:, :-1],
-            "first": self.first.cache(partial(RowCache, batch=len(y), width=width)),
+            "image": ImageRows(first, [states], self.levels),
             "before": self.before.weight[..., 0, 0].T.contiguous(),
-            "states": States(self.layers, y, width),
+            "states": states,
             "last": self.last.init_cache(),
         }
 
@@ -92,21 +89,13 @@ class DiagonalBiLSTM(nn.Module):
         `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied. The LSTM from
         the right goes through a row when the row below it begins.
         """
-        first, states = cache["first"], cache["states"]
-        if (i, j) == (0, 0):
-            first.reset()
-            states.reset()
-        else:
-            scale_into(cache["scaled"], previous, self.levels)
-            first.put(cache["pixel"], (j - 1) % self.image_size[1])
-        if j == 0 and i > 0:
-            first.new_row()
-            states.new_row()
-        h = first.output(j)
+        image = cache["image"]
+        image.advance(previous, i, j)
+        h = image.first.output(j)
         if (i, j) != (0, 0):
-            h.addmm_(cache["pixel"], cache["before"])
+            h.addmm_(image.pixel, cache["before"])
         for layer in range(len(self.layers)):
-            h = states.step(layer, h, j)
+            h = cache["states"].step(layer, h, j)
         return self.last.step(cache["last"], h)
 
     def context(self, i: int, j: int) -> Tensor:

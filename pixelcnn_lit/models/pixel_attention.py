@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.caches import RowCache
+from pixelcnn_lit.models.caches import ImageRows, RowCache
 from pixelcnn_lit.models.layers import (
     CausalConv2d,
     ChannelNorm,
@@ -26,7 +26,6 @@ from pixelcnn_lit.models.layers import (
     OutputStack,
     PreNormBlock,
     scale,
-    scale_into,
 )
 
 
@@ -97,16 +96,13 @@ class PixelAttention(nn.Module):
         """All storage for stepping through images of the classes y [B]."""
         make = partial(RowCache, batch=len(y), width=self.image_size[1])
         first, last = self.first.cache(make), self.last.init_cache(make)
-        tokens, pixel = self.image_size[0] * self.image_size[1], self.row.new_ones(len(y), self.before.in_channels)
+        tokens = self.image_size[0] * self.image_size[1]
         blocks = {block: block.init_cache(make) for block in self.blocks}
         attention = {layer: layer.init_cache(len(y), tokens) for layer in self.attention}
         return {
-            "pixel": pixel,
-            "scaled": pixel[:, :-1],
-            "first": first,
+            "image": ImageRows(first, chain(*blocks.values(), last), self.levels),
             "layers": [(layer, (attention | blocks)[layer], layer in attention) for layer in self.layers()],
             "last": last,
-            "rows": [first, *chain(*blocks.values(), last)],
             "start": (self.embed(y) + self.positions()).flatten(2).permute(2, 0, 1).contiguous(),  # [HW,B,channels]
             "before": self.before.weight[..., 0, 0].T.contiguous(),
         }
@@ -116,19 +112,11 @@ class PixelAttention(nn.Module):
 
         `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied.
         """
-        first, p = cache["first"], i * self.image_size[1] + j
-        if p == 0:
-            for rows in cache["rows"]:
-                rows.reset()
-        else:
-            scale_into(cache["scaled"], previous, self.levels)
-            first.put(cache["pixel"], (j - 1) % self.image_size[1])
-        if j == 0 and i > 0:
-            for rows in cache["rows"]:
-                rows.new_row()
-        h = first.output(j).add_(cache["start"][p])
+        image, p = cache["image"], i * self.image_size[1] + j
+        image.advance(previous, i, j)
+        h = image.first.output(j).add_(cache["start"][p])
         if p:
-            h.addmm_(cache["pixel"], cache["before"])
+            h.addmm_(image.pixel, cache["before"])
         for layer, own, attends in cache["layers"]:
             h = layer.step(own, h, p if attends else j)
         return self.last.step(cache["last"], h, j)

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.caches import RowCache
-from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, scale, scale_into
+from pixelcnn_lit.models.caches import ImageRows, RowCache
+from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, scale
 
 RESOLUTIONS = 3
 
@@ -77,12 +77,10 @@ class PixelCNNPP(nn.Module):
     def init_cache(self, y: Tensor) -> dict[str, Any]:
         """All storage for stepping through images of the classes y [B]."""
         first_ul = self.first_ul.cache(partial(RowCache, batch=len(y), width=self.image_size[1]))
-        pixel = self.out.weight.new_ones(len(y), self.first_ul.weight.shape[1])
+        first_u = self.first_u.cache(len(y), self.image_size[1])
         return {
-            "pixel": pixel,
-            "scaled": pixel[:, :-1],
-            "first_u": self.first_u.cache(len(y), self.image_size[1]),
-            "first_ul": first_ul,
+            "image": ImageRows(first_ul, [first_u], self.levels),
+            "first_u": first_u,
             "row_above": first_ul.inputs[:, first_ul.side : -first_ul.side, -2].transpose(1, 2)[:, :, None],
             "body": self.body.init_cache(y, self.image_size[1]),
             "out": (self.out.bias, self.out.weight[..., 0, 0].T.contiguous()),
@@ -94,15 +92,12 @@ class PixelCNNPP(nn.Module):
         `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied. Where a row
         begins, u goes through all of it. Coarser resolutions work only where one of their rows or pixels begins.
         """
-        first_u, first_ul = cache["first_u"], cache["first_ul"]
-        if (i, j) != (0, 0):
-            scale_into(cache["scaled"], previous, self.levels)
-            first_ul.put(cache["pixel"], (j - 1) % self.image_size[1])
+        image, first_u = cache["image"], cache["first_u"]
+        image.advance(previous, i, j)
         if j == 0:
-            begin_row(i, first_u, first_ul)
             first_u.put(cache["row_above"])
             self.body.step_u(cache["body"], first_u.output(), i)
-        ul = self.body.step_ul(cache["body"], first_ul.output(j), i, j)
+        ul = self.body.step_ul(cache["body"], image.first.output(j), i, j)
         bias, matrix = cache["out"]
         return torch.addmm(bias, F.elu(ul), matrix)
 
