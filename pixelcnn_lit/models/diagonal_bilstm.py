@@ -191,7 +191,9 @@ class States:
         self.seen, self.beside_right, self.above_right = left, *right.chunk(2, dim=1)
         self.out = torch.stack([own.out.weight[..., 0, 0].T for own in layers])
         self.normed, self.right = zeros(*size, width, channels), zeros(*size, width, n_states)
-        self.left, self.cells = zeros(*size, 1 + width, n_states), zeros(*size, n_states)
+        self.left = zeros(*size, 1 + width, n_states)
+        precise = torch.promote_types(self.left.dtype, torch.float32)  # as in `forward`
+        self.cells = zeros(*size, n_states, dtype=precise)
         flat = self.left.flatten(2)
         self.windows = [flat[..., j * n_states : (j + 2) * n_states] for j in range(width)]
 
@@ -203,7 +205,7 @@ class States:
         """The LSTM from the right goes through the row that is complete, all layers side by side."""
         gates = self.normed.flatten(1, 2) @ self.inputs_right + self.right.flatten(1, 2) @ self.above_right
         columns = (gates.view(*self.right.shape[:3], -1) + self.bias_right[:, :, None]).unbind(2)
-        h, c = torch.zeros_like(self.cells), torch.zeros_like(self.cells)
+        h, c = torch.zeros_like(self.right[:, :, 0]), torch.zeros_like(self.cells)
         for j in reversed(range(len(columns))):
             h, c = lstm(torch.baddbmm(columns[j], h, self.beside_right), c, dim=-1)
             self.right[:, :, j] = h

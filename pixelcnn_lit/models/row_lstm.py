@@ -142,7 +142,8 @@ class RowLSTMLayer(nn.Module):
         inputs = make(F.pad(left.weight, (0, 1)), left.bias, up_to_the_pixel, before=self.norm)
         inputs.bias.unflatten(0, (-1, len(y))).add_(self.embed(y)[..., 0, 0])
         hidden = make(F.pad(above, (0, 0, 0, 1)), zeros(4 * states), row_above.expand(1, 1, 2, 3))
-        cells = make(zeros(1, states, 2, 1), zeros(1), row_above)
+        precise = torch.promote_types(left.weight.dtype, torch.float32)  # as in `forward`
+        cells = make(zeros(1, states, 2, 1, dtype=precise), zeros(1, dtype=precise), row_above)
         return inputs, hidden, cells
 
     def step(self, cache: tuple[FrontCache, FrontCache, FrontCache], x: Tensor, front: Front) -> Tensor:
