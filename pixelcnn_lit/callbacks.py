@@ -17,7 +17,7 @@ from pixelcnn_lit.command import shown
 from pixelcnn_lit.data.images import first_of_each_class
 from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import DensityModel, bits
+from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.pictures import grid, save
 from pixelcnn_lit.runs import last_checkpoint
 from pixelcnn_lit.samplers import refuse_steering
@@ -131,9 +131,10 @@ class FiniteGuard(Callback):
         if pl_module.device.type == "cpu" or trainer.global_step % 10 == 0:
             self._refuse(trainer, "the loss", int(self._broken_at))
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not math.isfinite(trainer.callback_metrics.get("val/nll", 0.0)):
-            self._refuse(trainer, "the validation nll", trainer.global_step)
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        loss = f"val/{pl_module.LOSS}"
+        if not math.isfinite(trainer.callback_metrics.get(loss, 0.0)):
+            self._refuse(trainer, loss, trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._refuse(trainer, "the loss", int(self._broken_at))
@@ -153,31 +154,62 @@ class FiniteGuard(Callback):
         )
 
 
+class TrainingLoss(Callback):
+    """The mean loss of an epoch, to which the part before a run was cut off counts, too."""
+
+    def __init__(self) -> None:
+        self._sum_and_batches = torch.zeros(2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sum_and_batches": self._sum_and_batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sum_and_batches = state_dict["sum_and_batches"]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sum_and_batches = torch.zeros(2)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # by which Lightning has divided it
+        self._sum_and_batches = self._sum_and_batches.to(loss.device) + torch.stack([loss, torch.ones_like(loss)])
+
+    def mean(self) -> float:
+        """Of the epoch so far."""
+        total, batches = self._sum_and_batches.tolist()
+        return total / batches if batches else math.nan
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.log(f"train/{pl_module.LOSS}", self.mean(), sync_dist=True)
+
+
 class EpochLine(Callback):
     """One printed line an epoch, for logs and pipes, where no progress bar is."""
 
+    def __init__(self, loss: TrainingLoss) -> None:
+        self.loss = loss
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            val = trainer.callback_metrics.get("val/bpd")
-            scored = "" if val is None else f", val {val:.4f}"
             where = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
-            print(f"{where}: train {bits(pl_module.train_nll()):.4f}{scored} bpd", flush=True)
+            print(f"{where}: {pl_module.epoch_line(self.loss.mean(), trainer.callback_metrics)}", flush=True)
 
 
 class HParams(Callback):
-    """TensorBoard's HPARAMS page: settings as flat keys, beside the best val/bpd so far."""
+    """TensorBoard's HPARAMS page: settings as flat keys, beside the best figure so far, as the module names it."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.log_hyperparams(_flat(self.settings), {"best/val_bpd": float("nan")})
+            trainer.logger.log_hyperparams(_flat(self.settings), pl_module.best_figure(float("nan")))
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         best = trainer.checkpoint_callback
         if trainer.logger and isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
-            trainer.logger.log_metrics({"best/val_bpd": float(bits(best.best_model_score))}, trainer.global_step - 1)
+            trainer.logger.log_metrics(pl_module.best_figure(float(best.best_model_score)), trainer.global_step - 1)
 
     on_fit_end = on_train_epoch_end  # the last score is in by now
 

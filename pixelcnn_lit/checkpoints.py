@@ -129,6 +129,32 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return content
 
 
+def rebuild(path: str, kind: Any, **changed: Any) -> Any:
+    """The model of a .ckpt or .safetensors file, from the file alone, in eval mode on the CPU.
+
+    Nothing in the file can run code: its values are plain, its targets as `build` allows them. Raises UserError.
+
+    Args:
+        kind: a LightningModule class whose arguments are the file's `hyper_parameters`, with what is `changed` in them.
+    """
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint["hyper_parameters"] | changed
+    if not settings.keys() >= set(kind.IDENTITY):
+        raise UserError(f"ckpt={path}: no checkpoint of a {kind.TITLE}; type another")
+    try:
+        with torch.device("meta"):  # without memory: a stranger's settings may ask for any amount of it
+            kind(**settings).load_state_dict(checkpoint["state_dict"], assign=True)
+        model = kind(**settings)
+        model.load_state_dict(checkpoint["state_dict"])
+    except UserError:
+        raise
+    except Exception as error:  # whatever a stranger's values lead to
+        raise UserError(f"ckpt={path}: not a checkpoint of this program ({first_line(error)})") from error
+    if not all(bool(values.isfinite().all()) for values in model.state_dict().values()):
+        raise UserError(f"ckpt={path}: some of its weights are not finite; type another ckpt")
+    return model.eval()
+
+
 def _read_archive(path: str) -> Any:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type for entry in archive.infolist()):

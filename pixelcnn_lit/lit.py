@@ -1,21 +1,20 @@
 """The one LightningModule for every density network, and loading it from a checkpoint."""
 
-import inspect
 import math
 from typing import Annotated, Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from pixelcnn_lit.build import Range, build, resolve
-from pixelcnn_lit.checkpoints import read_checkpoint
-from pixelcnn_lit.errors import UserError, first_line
+from pixelcnn_lit.build import Range, build
+from pixelcnn_lit.checkpoints import rebuild
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.machine import share_buffers
 from pixelcnn_lit.models.layers import recompute_blocks
 from pixelcnn_lit.samplers import Request
+from pixelcnn_lit.schedulers import optimization
 
 # What is scored or sampled in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32).
 torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,6 +64,11 @@ class DensityModel(L.LightningModule):
         compile: compile the network in place.
     """
 
+    TITLE = "density model"
+    LOSS = "nll"  # how the loss of training and validation is logged
+    MONITOR = ("val/nll", "min")  # which checkpoint is the best
+    IDENTITY = ("model", "likelihood")  # what a run that goes on must share with its checkpoint
+
     def __init__(
         self,
         *,
@@ -93,7 +97,6 @@ class DensityModel(L.LightningModule):
         self.image_shape, self.num_classes, self.levels = tuple(image_shape), num_classes, levels
         self.dims = math.prod(image_shape)
         self.score, self.images_scored, self.figures = MeanNats(num_classes), 0, {}
-        self._train_nats = torch.zeros(2)  # their sum over the batches of the epoch so far, and the number of batches
         self.optimizer_config, self.scheduler_config, self.label_dropout = optimizer, scheduler, label_dropout
         if channels_last:
             self.net.to(memory_format=torch.channels_last)
@@ -126,27 +129,25 @@ class DensityModel(L.LightningModule):
         if self.label_dropout:
             y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.label_dropout, self.num_classes)
         nll = self.nats(x, y).mean() / self.dims
-        self._train_nats = self._train_nats.to(nll.device) + torch.stack([nll.detach(), torch.ones_like(nll)])
         self.log("train/nll_step", nll, prog_bar=True)
         return nll
 
-    def train_nll(self) -> float:
-        """The mean training loss of the epoch so far, nats per dimension."""
-        total, batches = self._train_nats.tolist()
-        return total / batches
+    @staticmethod
+    def epoch_line(loss: float, figures: dict[str, Tensor]) -> str:
+        """What an epoch has brought, from its mean loss and the last scores."""
+        scored = f", val {figures['val/bpd']:.4f}" if "val/bpd" in figures else ""
+        return f"train {bits(loss):.4f}{scored} bpd"
 
-    def on_train_epoch_start(self) -> None:
-        self._train_nats = torch.zeros(2)
+    @staticmethod
+    def best_figure(score: float) -> dict[str, float]:
+        """The best score as the HPARAMS page shows it."""
+        return {"best/val_bpd": bits(score)}
 
-    def on_train_epoch_end(self) -> None:
-        self.log("train/nll", self.train_nll(), sync_dist=True)
-
-    # The mean of an epoch counts the part before a run was cut off, too.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["train_nats"], checkpoint["scored"] = self._train_nats, (self.images_scored, self.figures)
+        checkpoint["scored"] = self.images_scored, self.figures
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._train_nats, (self.images_scored, self.figures) = checkpoint["train_nats"], checkpoint["scored"]
+        self.images_scored, self.figures = checkpoint["scored"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         x, y = batch
@@ -156,10 +157,7 @@ class DensityModel(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         # Sums over many images want float64, which Apple's GPUs lack.
         self.score.set_dtype(torch.float32 if self.device.type == "mps" else torch.float64)
-        if self.trainer.world_size > 1:
-            # BatchNorm's statistics are each process's own; what is scored, and saved, are those of the first.
-            for buffer in self.net.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+        share_buffers(self.trainer, self.net)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -181,27 +179,7 @@ class DensityModel(L.LightningModule):
         self.bpd_per_class = bits(per_class / self.dims).tolist()
 
     def configure_optimizers(self) -> Any:
-        optimizer = build("optimizer", self.optimizer_config, Optimizer, params=self.parameters())
-        config = self.scheduler_config
-        return {"optimizer": optimizer} | ({"lr_scheduler": self._schedule(config, optimizer)} if config else {})
-
-    def _schedule(self, config: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-        """A scheduler that takes `total_steps` moves every step, any other every epoch."""
-        total = "total_steps" in inspect.signature(resolve(config["_target_"], LRScheduler)).parameters
-        facts = {"total_steps": self._total_steps()} if total else {}
-        scheduler = build("scheduler", config, LRScheduler, optimizer=optimizer, **facts)
-        return {
-            "scheduler": scheduler,
-            "interval": "step" if total else "epoch",
-            "frequency": 1 if total else self.trainer.check_val_every_n_epoch or 1,
-            "monitor": "val/nll",  # read by ReduceLROnPlateau alone
-        }
-
-    def _total_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == math.inf:
-            raise UserError("this scheduler must know where the run ends; type trainer.max_epochs or trainer.max_steps")
-        return int(steps)
+        return optimization(self, self.optimizer_config, self.scheduler_config, monitor="val/nll")
 
     def draw(self, sampler: dict[str, Any], classes: list[int] | None = None, **own: Any) -> Tensor:
         """`sampler["n_per_class"]` images of each class, uint8 [K,n,C,H,W] on this device; `own`: as in `Request`."""
@@ -211,24 +189,8 @@ class DensityModel(L.LightningModule):
 
 
 def load(path: str) -> DensityModel:
-    """The model of a .ckpt or .safetensors file, from the file alone, in eval mode on the CPU.
-
-    Nothing in the file can run code: its values are plain, its targets as `build` allows them. Raises UserError.
-    """
-    checkpoint = read_checkpoint(path)
-    try:
-        settings = checkpoint["hyper_parameters"] | {"compile": False}
-        with torch.device("meta"):  # without memory: a stranger's settings may ask for any amount of it
-            DensityModel(**settings).load_state_dict(checkpoint["state_dict"], assign=True)
-        model = DensityModel(**settings)
-        model.load_state_dict(checkpoint["state_dict"])
-    except UserError:
-        raise
-    except Exception as error:  # whatever a stranger's values lead to
-        raise UserError(f"ckpt={path}: not a checkpoint of this program ({first_line(error)})") from error
-    if not all(bool(values.isfinite().all()) for values in model.state_dict().values()):
-        raise UserError(f"ckpt={path}: some of its weights are not finite; type another ckpt")
-    return model.eval()
+    """The density model of a .ckpt or .safetensors file: see `rebuild`."""
+    return rebuild(path, DensityModel, compile=False)
 
 
 def require_same(path: str, saved: dict[str, Any], present: dict[str, Any]) -> None:

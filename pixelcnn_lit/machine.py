@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from pixelcnn_lit.build import check
 from pixelcnn_lit.errors import UserError
@@ -43,6 +44,13 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
         return L.Trainer(**settings, **own)
     except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())} (trainer=auto fits any machine)") from error
+
+
+def share_buffers(trainer: L.Trainer, net: nn.Module) -> None:
+    """BatchNorm's statistics are each process's own; let those be scored that are saved, which are the first one's."""
+    if trainer.world_size > 1:
+        for buffer in net.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def fast_bf16(accelerator: str) -> bool:

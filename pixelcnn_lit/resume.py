@@ -54,6 +54,7 @@ class LastCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._asked = 0  # the number of the signal that asked the run to stop
         self._owed = False  # whether the epoch that ends is still to be saved
+        self._safe = True  # whether a validation may be cut off: a run that goes on may begin with one
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             sweep(self.path.parent)
@@ -79,7 +80,7 @@ class LastCheckpoint(Checkpoint):
         trainer.fit_loop.epoch_loop.restarting = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._safe = False  # whether a validation that follows may be cut off
+        self._safe = False
         if trainer.fit_loop._should_accumulate() or trainer.should_stop:
             return  # gradients are in no checkpoint; a run that stops by itself is saved with its last score
         validation, stop, late = _validation_is_due(trainer), *self._agreed(trainer)

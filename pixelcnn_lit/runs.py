@@ -8,6 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -109,7 +110,7 @@ def saved_settings(directory: Path, typed: Sequence[str]) -> dict[str, Any]:
 
 
 def _composed(overrides: list[str]) -> dict[str, Any]:
-    composed: Any = OmegaConf.to_container(compose("train", overrides), resolve=False)
+    composed: Any = OmegaConf.to_container(compose(str(HydraConfig.get().job.config_name), overrides), resolve=False)
     return {"scheduler": None} | {key: value for key, value in composed.items() if key not in CONTROLS}
 
 

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from pixelcnn_lit.runs import CONFIG
 
-COLUMNS = ("val/bpd", "test/bpd", "n_params", "images_per_second", "seconds")
+FIGURES = ("bpd", "accuracy")  # of density models, of classifiers
+COLUMNS = ("n_params", "images_per_second", "seconds")
 
 
 def main() -> None:
@@ -21,21 +22,30 @@ def main() -> None:
     if not jobs:
         sys.exit(f"error: {sys.argv[1]}: no runs in it")
     done = {job: json.loads((job / "result.json").read_text()) for job in jobs if (job / "result.json").is_file()}
-    print(*(f"{column:>19}" for column in COLUMNS), " job: overrides", sep="")
-    label = None
-    for job, result in sorted(done.items(), key=lambda item: (item[1]["label"], item[1]["val/bpd"])):
-        if result["label"] != label:  # figures of different images do not compare
-            print(label := result["label"])
-        cells = (_cell(result[column]) for column in COLUMNS)
-        print(*(f"{cell:>19}" for cell in cells), f"  {job}: {' '.join(result['overrides'])}", sep="")
+    for figure in FIGURES:
+        _table({job: result for job, result in done.items() if f"val/{figure}" in result}, figure)
     for job in jobs:
         if job not in done:
             overrides = " ".join(_typed(job))
             print(f"{'failed':>19}  {job}: {overrides}\n{'':>19}  {_reason(job)}")
 
 
+def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
+    if not done:
+        return
+    columns, sign = (f"val/{figure}", f"test/{figure}", *COLUMNS), 1 if figure == "bpd" else -1
+    print(*(f"{column:>19}" for column in columns), " job: overrides", sep="")
+    label = None
+    for job, result in sorted(done.items(), key=lambda item: (item[1]["label"], sign * item[1][columns[0]])):
+        if result["label"] != label:  # figures of different images do not compare
+            print(label := result["label"])
+        cells = (_cell(result[column]) for column in columns)
+        print(*(f"{cell:>19}" for cell in cells), f"  {job}: {' '.join(result['overrides'])}", sep="")
+
+
 def _trains(job: Path) -> bool:
-    return (job / CONFIG).is_file() or OmegaConf.load(job / "hydra" / "hydra.yaml").hydra.job.config_name == "train"
+    config_name = OmegaConf.load(job / "hydra" / "hydra.yaml").hydra.job.config_name
+    return (job / CONFIG).is_file() or str(config_name).startswith("train")
 
 
 def _typed(job: Path) -> list[str]:

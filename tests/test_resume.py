@@ -71,9 +71,10 @@ def killed(directory: Path, overrides: list[str], where: str, after: int) -> Non
 def final(directory: Path) -> dict:
     """All of the last checkpoint that makes up a run, without paths and times."""
     content = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
-    kept = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "train_nats", "global_step")
+    kept = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "global_step")
     result = json.loads((directory / "result.json").read_text())
     figures = {key: result[key] for key in ("val/nll", "test/nll", "val/images", "steps")}
+    figures["training loss"] = content["callbacks"]["TrainingLoss"]
     return {key: content[key] for key in kept if key in content} | figures
 
 
@@ -275,7 +276,7 @@ def test_a_checkpoint_of_a_stranger_removes_nothing_outside(tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
-        *({"loops": {}}, {"loops": 3}, {"callbacks": []}, {"optimizer_states": []}, {"train_nats": 0}),
+        *({"loops": {}}, {"loops": 3}, {"callbacks": []}, {"optimizer_states": []}, {"scored": 0}),
         *({"state_dict": {}}, {"hyper_parameters": 3}, {"averaging_state": 3}, {"lr_schedulers": 3}),
     ],
     ids=str,
@@ -370,9 +371,7 @@ def test_a_run_that_leaves_the_numbers_stops_and_keeps_what_was_good(tmp_path, m
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, *(["ckpt=last"] if where == "validation" else RUN))
     line = str(stop.value)
-    name, epoch, step = {"loss": ("the loss", 2, 8), "weight": ("a weight", 2, 8)}.get(
-        where, ("the validation nll", 2, 10)
-    )
+    name, epoch, step = {"loss": ("the loss", 2, 8), "weight": ("a weight", 2, 8)}.get(where, ("val/nll", 2, 10))
     assert f"{name} is not finite at epoch {epoch}, step {step}, learning rate " in line
     assert "the last good checkpoint is" in line
     for path in (tmp_path / "checkpoints").glob("*.ckpt"):

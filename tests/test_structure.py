@@ -11,6 +11,7 @@ from pixelcnn_lit.command import CONF
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+COMMANDS = [path.stem for path in CONF.glob("*.yaml") if (ROOT / "pixelcnn_lit" / f"{path.stem}.py").is_file()]
 # Lower floors know nothing of higher ones. A main stands on the roof: nobody imports it.
 FLOORS = (
     ("errors", "noise", "pictures", "fronts"),
@@ -18,10 +19,11 @@ FLOORS = (
     ("data", "models.caches", "models.layers", "likelihoods", "schedulers", "averaging"),
     ("models",),
     ("samplers",),
-    ("lit", "machine"),
-    ("callbacks", "runs"),
+    ("lit", "machine", "classifiers"),
+    ("bayes", "callbacks", "runs"),
     ("resume",),
-    ("train", "sample", "evaluate", "summarize", "export", "complete", "benchmark", "data.__main__"),
+    ("fitting",),
+    ("summarize", "data.__main__", *COMMANDS),
 )
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -504,3 +505,28 @@ def test_a_sweep_leaves_a_table_and_names_its_failed_jobs(tmp_path, monkeypatch,
     assert len(rows) == 4  # two results, the failed job, its reason
     assert float(rows[0].split()[0]) <= float(rows[1].split()[0])
     assert "model.n_residual=-1: must be a whole number >= 1" in table
+
+
+def test_the_table_of_a_sweep_of_classifiers_has_their_accuracies_best_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "hydra").mkdir()
+    (tmp_path / "hydra" / "hydra.yaml").write_text("hydra: {job: {config_name: train_classifier}}")
+    for name, accuracy in (("a", 0.8), ("b", 0.9)):
+        shutil.copytree(tmp_path / "hydra", tmp_path / name / "hydra")
+        result = {"label": "digits", "val/accuracy": accuracy, "test/accuracy": accuracy, "overrides": [name]}
+        result |= {"n_params": 1, "images_per_second": 1.0, "seconds": 1.0}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+    shutil.rmtree(tmp_path / "hydra")
+    monkeypatch.setattr(sys, "argv", ["summarize", str(tmp_path)])
+    pixelcnn_lit.summarize.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert "val/accuracy" in rows[0]
+    assert [row.split()[0] for row in rows[2:]] == ["0.9000", "0.8000"]
+
+
+def test_the_training_loss_of_an_epoch_does_not_depend_on_accumulation(tmp_path):
+    losses = []
+    for n in (1, 2):
+        one_run(tmp_path / str(n), "optimizer.lr=0", f"trainer.accumulate_grad_batches={n}")
+        events = EventAccumulator(str(tmp_path / str(n))).Reload()
+        losses.append([event.value for event in events.Scalars("train/nll")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -7,10 +7,8 @@ import time
 from itertools import islice
 from typing import Any
 
-import torch
-
 from pixelcnn_lit.command import command, run_dir, shown
-from pixelcnn_lit.data.images import Split, first_of_each_class
+from pixelcnn_lit.data.images import channel_statistics, first_of_each_class
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.pictures import grid, save
 
@@ -22,7 +20,7 @@ def main(dataset: dict[str, Any]) -> None:
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     print(f"{data.label} ({uniform_bpd(data.levels):.4f} bpd for a uniform model)")
     for name, split in splits.items():
-        mean, std = channel_statistics(split)
+        mean, std = ([round(value, 3) for value in values] for values in channel_statistics(split))
         print(f"{name:>10}: {len(split)} images, mean {mean}, standard deviation {std} (of levels, per channel)")
     print(f"{'class':>12}" + "".join(f"{name:>12}" for name in splits))
     for label, class_name in enumerate(data.class_names):
@@ -41,17 +39,6 @@ def loader_speed(data: ImageData) -> float:
     began = time.perf_counter()
     images = sum(len(y) for _, y in islice(data.train_dataloader(), 300))
     return images / (time.perf_counter() - began)
-
-
-def channel_statistics(split: Split) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over all pixels, from the counts of the levels: exact."""
-    mean, std = [], []
-    for channel in split.x.transpose(0, 1):
-        counts = torch.bincount(channel.flatten().int()).double()
-        level, share = torch.arange(len(counts)), counts / counts.sum()
-        mean.append(float((level * share).sum()))
-        std.append(float(((level - mean[-1]) ** 2 * share).sum().sqrt()))
-    return [round(m, 3) for m in mean], [round(s, 3) for s in std]
 
 
 if __name__ == "__main__":

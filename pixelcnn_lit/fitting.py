@@ -1,0 +1,173 @@
+"""A run in its directory: it starts or goes on where it was cut off, and keeps what is best and what is last."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
+
+from pixelcnn_lit.build import build, check
+from pixelcnn_lit.callbacks import EpochLine, FiniteGuard, HParams, ScoreAtTheEnd, Stopwatch, TrainingLoss
+from pixelcnn_lit.checkpoints import AtomicCheckpointIO, read_checkpoint, write_text
+from pixelcnn_lit.command import Stopped, run_dir, shown
+from pixelcnn_lit.data.module import ImageData
+from pixelcnn_lit.errors import UserError, first_line
+from pixelcnn_lit.lit import require_same
+from pixelcnn_lit.machine import make_trainer
+from pixelcnn_lit.resume import Streams
+from pixelcnn_lit.runs import CONFIG, alone_in, saved_settings, starting_point, stopped_at, typed_settings
+
+
+def start_or_go_on(
+    train: Callable[..., None], ckpt: str | None, skip_completed: bool, settings: dict[str, Any]
+) -> None:
+    """Call train(directory, start, **settings): `start` is None, or the checkpoint from which a run goes on.
+
+    A run that goes on does so with its own settings. See `runs` for `ckpt`.
+    """
+    directory, typed = run_dir(), typed_settings(HydraConfig.get().overrides.task)
+    if skip_completed and completed(directory, typed):
+        print(f"{shown(directory)}: completed before, left alone")
+        return
+    with alone_in(directory) if rank_zero_only.rank == 0 else nullcontext():  # pyright: ignore
+        start = starting_point(directory, ckpt, or_anew=skip_completed)
+        settings = saved_settings(directory, typed) if start else {"scheduler": None, **settings, "overrides": typed}
+        check("", train, settings, known=("directory", "start"))
+        try:
+            train(directory, start, **settings)
+        except Stopped:
+            say_how_to_go_on(directory)
+            raise
+
+
+def completed(directory: Path, typed: list[str]) -> bool:
+    """Whether the very run that is typed has left its result."""
+    if not (directory / "result.json").is_file():
+        return False
+    before = json.loads((directory / "result.json").read_text())["overrides"]
+    if set(before) != set(typed):
+        raise UserError(f"run_dir={shown(directory)}: completed with {' '.join(before)}; type that, or another run_dir")
+    return True
+
+
+@rank_zero_only
+def say_how_to_go_on(directory: Path) -> None:
+    if stopped_at(directory):
+        command, run = HydraConfig.get().job.config_name, shlex.quote(f"run_dir={shown(directory)}")
+        print(f"stopped; to go on, type: python -m pixelcnn_lit.{command} {run} ckpt=last")
+    else:
+        print("stopped; nothing was saved yet")
+
+
+class Fitted(NamedTuple):
+    """What is left when training has ended. `extras` are the callbacks of the config."""
+
+    trainer: L.Trainer
+    best_checkpoint: str
+    stopwatch: Stopwatch
+    extras: list[Callback]
+
+
+def fit(
+    directory: Path,
+    start: Path | None,
+    module: Any,
+    data: ImageData,
+    settings: dict[str, Any],
+    beside: dict[str, Any],
+) -> Fitted:
+    """Train `module` in `directory`, from the checkpoint `start` on if there is one.
+
+    Args:
+        module: a LightningModule with LOSS, MONITOR, IDENTITY, `best_figure` and `epoch_line`: see DensityModel.
+        settings: those that a sweep varies. beside: those that are saved with them.
+    """
+    stopwatch, loss, saved_with = Stopwatch(), TrainingLoss(), settings | beside
+    extras = [build(f"callbacks.{name}", own, Callback) for name, own in saved_with["callbacks"].items()]
+    saved = read_start(str(start), module, extras) if start else {}
+    begun = Begun(directory, saved_with)
+    always = [Streams(settings["seed"]), FiniteGuard(), stopwatch, loss, HParams(settings), ScoreAtTheEnd(), begun]
+    trainer = make_trainer(
+        settings["trainer"],
+        callbacks=[*extras, *always, *([] if sys.stdout.isatty() else [EpochLine(loss)])],
+        # purge_step: TensorBoard forgets what the run wrote after its last checkpoint
+        logger=TensorBoardLogger(
+            directory, name="", version="", default_hp_metric=False, purge_step=saved.get("global_step")
+        ),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=directory,
+    )
+    require_scores(trainer, *module.MONITOR)
+    forget_requeued(trainer, directory, but=start)
+    try:
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if start and not begun.training:  # what Lightning restores from it is not what it should be
+            raise UserError(f"ckpt={start}: cannot be gone on from ({first_line(error)})") from error
+        raise
+    forget_requeued(trainer, directory)
+    kept = trainer.checkpoint_callback
+    if not isinstance(kept, ModelCheckpoint) or not Path(kept.best_model_path).is_file():
+        raise UserError("nothing was trained and validated in this run: type a larger trainer.max_epochs")
+    return Fitted(trainer, kept.best_model_path, stopwatch, extras)
+
+
+class Begun(Callback):
+    """Saves the settings, now that all of them have been accepted, and knows that training has begun.
+
+    A result of before is none of the run that goes on.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self.directory, self.settings, self.training = directory, settings, False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.training = True
+        if trainer.is_global_zero:
+            write_text(self.directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.settings)))
+            (self.directory / "result.json").unlink(missing_ok=True)
+
+
+def forget_requeued(trainer: L.Trainer, directory: Path, but: Path | None = None) -> None:
+    """What Lightning saved for Slurm it would take before all others, and even test in the place of the best."""
+    if trainer.is_global_zero:
+        for path in stopped_at(directory):
+            if path != but and path.name.startswith("hpc_ckpt_"):
+                path.unlink()
+
+
+def require_scores(trainer: L.Trainer, monitor: str, mode: str) -> None:
+    """Refuse, before any training, settings under which nothing would be kept as best, or tested."""
+    every, epochs, kept = trainer.check_val_every_n_epoch, trainer.max_epochs, trainer.checkpoint_callback
+    if not isinstance(kept, ModelCheckpoint) or (kept.monitor, kept.mode) != (monitor, mode):
+        raise UserError(f"callbacks.best: must keep the weights best on {monitor} (mode {mode}); type that")
+    if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        raise UserError("trainer.fast_dev_run: keeps no checkpoint; type trainer.max_steps=1")
+    for split in ("val", "test"):
+        if not getattr(trainer, f"limit_{split}_batches"):
+            raise UserError(f"trainer.limit_{split}_batches=0: every run is validated and tested; type 1.0 or a number")
+    if every and epochs is not None and 0 <= epochs < every:
+        raise UserError(f"trainer.max_epochs={epochs}: type at least trainer.check_val_every_n_epoch={every}")
+
+
+def read_start(path: str, module: Any, extras: list[Callback]) -> dict[str, Any]:
+    """The checkpoint to go on from, which must be of the same data and model, with as many averages."""
+    saved = read_checkpoint(path)
+    if not all(saved.get(key) for key in ("loops", "callbacks", "optimizer_states")):
+        raise UserError(f"ckpt={path}: weights alone, from which no run can go on; type RUN_DIR/checkpoints/last.ckpt")
+    same = (*ImageData.FACTS, *module.IDENTITY)
+    require_same(path, saved["hyper_parameters"], {key: module.hparams[key] for key in same})
+    averaged = any(isinstance(callback, WeightAveraging) for callback in extras)
+    if ("averaging_state" in saved) != averaged:
+        # Lightning alone would silently go on from the averaged weights, or with none.
+        raise UserError(f"ckpt={path}: saved with callbacks={'no_ema' if averaged else 'default'}; type that")
+    return saved

@@ -1,0 +1,112 @@
+"""Judge a model's samples by a classifier: do they look like their class, how far are they from real images?
+
+A table, a confusion matrix, some samples beside the nearest training images, and, of several temperatures and
+guidance scales, consistency over diversity as a curve.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pixelcnn_lit.build import Range, inspect_config
+from pixelcnn_lit.checkpoints import write_text
+from pixelcnn_lit.classifiers.judging import Verdict, nearest, read, verdict
+from pixelcnn_lit.classifiers.lit import load_classifier
+from pixelcnn_lit.classifiers.pictures import show_confusion
+from pixelcnn_lit.command import command, run_dir, shown
+from pixelcnn_lit.data.module import ImageData, saved_or_given
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.lit import load, require_same
+from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.pictures import grid, save
+from pixelcnn_lit.samplers import refuse_steering
+
+SHOWN = 4  # samples a class, each beside the training image that is nearest to it
+REAL = "real test images"
+
+
+@command("judge")
+def main(
+    ckpt: str,
+    classifier_ckpt: str,
+    temperatures: list[float],
+    guidance_scales: list[float],
+    batch_size: Annotated[int, Range(1)],
+    sampler: dict[str, Any],
+    dataset: dict[str, Any],
+) -> None:
+    model, judge = load(ckpt).to(best_device()), load_classifier(classifier_ckpt).to(best_device())
+    if model.classes != list(range(model.num_classes)):
+        raise UserError(f"ckpt={ckpt}: draws without classes, which a judge could not find again; type another")
+    require_same(classifier_ckpt, dict(judge.hparams), {key: model.hparams[key] for key in ImageData.FACTS})
+    points = {
+        f"temperature {t:g}, guidance {scale:g}": {**sampler, "temperature": t, "guidance_scale": scale}
+        for t, scale in product(temperatures, guidance_scales)
+    }
+    for point in points.values():  # now, and not after the first has been drawn
+        inspect_config("sampler", point, Tensor, ["request"])
+        refuse_steering(model.num_classes, model.known_classes, point["guidance_scale"], point.get("mix_with"))
+    if not points:
+        raise UserError("temperatures and guidance_scales: type at least one number in each")
+    data = saved_or_given(model.hparams["dataset"], dataset)
+    data.setup()
+    require_same(ckpt, dict(model.hparams), data.facts)
+
+    training = read(judge, data.train.x, batch_size)
+    n = min(sampler["n_per_class"], int(torch.bincount(data.test.y).min()))
+    if n < 2:
+        raise UserError("sampler.n_per_class: distances want two images of each class, drawn and in the test set")
+
+    def judged(images: Tensor, y: Tensor) -> Verdict:
+        return verdict(read(judge, images, batch_size), y, training, model.num_classes, n)
+
+    verdicts = {REAL: judged(data.test.x, data.test.y)}
+    for name, point in points.items():
+        images = model.draw(point, progress=True).cpu()  # [K,n_per_class,C,H,W]
+        y = torch.arange(len(images)).repeat_interleave(images.shape[1])
+        verdicts[name] = judged(images.flatten(0, 1), y)
+        if len(verdicts) == 2:
+            some = images[:, :SHOWN]
+            closest = nearest(read(judge, some.flatten(0, 1), batch_size).features, training.features)
+            pairs = torch.stack([some, data.train.x[closest].view_as(some)], dim=2).flatten(1, 2)
+            save(grid(pairs, model.levels), run_dir() / "nearest.png")
+            show_confusion(verdicts[name].confusion, data.class_names, run_dir() / "confusion.png")
+    head = {"ckpt": ckpt, "classifier_ckpt": classifier_ckpt, "label": data.label, "n_compared": n}
+    report(verdicts, head)
+
+
+def report(verdicts: dict[str, Verdict], head: dict[str, Any]) -> None:
+    columns = ("consistency", "frechet", "kernel", "diversity")
+    print(f"{head['label']}, distances of {head['n_compared']} images a class")
+    print(f"{'':>28}" + "".join(f"{column:>13}" for column in columns))
+    for name, own in verdicts.items():
+        print(f"{name:>28}" + "".join(f"{getattr(own, column):>13.4f}" for column in columns))
+    rows = {name: own._asdict() | {"confusion": own.confusion.tolist()} for name, own in verdicts.items()}
+    write_text(run_dir() / "judge.json", json.dumps(head | {"verdicts": rows}, indent=2))
+    paths = [run_dir() / name for name in ("judge.json", "confusion.png", "nearest.png")]
+    if len(verdicts) > 2:
+        paths.append(curve(verdicts, run_dir() / "curve.png"))
+    print(*map(shown, paths), sep="\n")
+
+
+def curve(verdicts: dict[str, Verdict], path: Path) -> Path:
+    """Consistency over diversity, a point a setting."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    drawn = {name: own for name, own in verdicts.items() if name != REAL}
+    axes.plot([own.diversity for own in drawn.values()], [own.consistency for own in drawn.values()], "o-")
+    axes.plot(verdicts[REAL].diversity, verdicts[REAL].consistency, "k*")
+    for name, own in verdicts.items():
+        axes.annotate(name, (own.diversity, own.consistency), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.set(xlabel="diversity: mean distance of two images of a class", ylabel="consistency")
+    figure.savefig(path)
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Train a classifier, score it once on the test set with the weights best on validation, and say where all is."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.model_summary import summarize
+
+from pixelcnn_lit.build import Range, check
+from pixelcnn_lit.checkpoints import read_checkpoint, write_text
+from pixelcnn_lit.classifiers.lit import Classifier, load_classifier, per_class
+from pixelcnn_lit.classifiers.pictures import show_confusion
+from pixelcnn_lit.command import command, shown
+from pixelcnn_lit.data.images import channel_statistics
+from pixelcnn_lit.data.module import image_data
+from pixelcnn_lit.fitting import fit, start_or_go_on
+
+
+@command("train_classifier")
+def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
+    start_or_go_on(train, ckpt, skip_completed, settings)
+
+
+def train(
+    directory: Path,
+    start: Path | None,
+    dataset: dict[str, Any],
+    trainer: dict[str, Any],
+    callbacks: dict[str, Any],
+    seed: Annotated[int, Range(0, 2**32 - 1)],
+    overrides: list[str],  # as typed, for the table of a sweep
+    **settings: Any,  # of Classifier
+) -> None:
+    """Fit in `directory`, from the checkpoint `start` on if there is one; test the best weights; leave result.json."""
+    data = image_data(dataset, seed)
+    data.setup()
+    L.seed_everything(seed, workers=True, verbose=False)
+    mean, std = ([value / (data.levels - 1) for value in values] for values in channel_statistics(data.train))
+    facts = {**data.facts, "label": data.label, "dataset": dataset, "mean": mean, "std": std}
+    check("", Classifier, settings, known=facts)
+    classifier = Classifier(**facts, **settings)
+    if start is None and hasattr(classifier.net, "load_pretrained"):
+        classifier.net.load_pretrained()
+    rank_zero_only(print)(summarize(classifier, max_depth=3))
+    compared = {"seed": seed, "dataset": dataset, **settings, "trainer": trainer}
+    fitted = fit(directory, start, classifier, data, compared, {"callbacks": callbacks, "overrides": overrides})
+    best, fitter = load_classifier(fitted.best_checkpoint), fitted.trainer
+    fitter.test(best, data, verbose=False)
+    if not fitter.is_global_zero:
+        return
+    result = {
+        "label": data.label,
+        **read_checkpoint(fitted.best_checkpoint)["scored"],
+        **best.figures,
+        "test/accuracy_per_class": dict(zip(data.class_names, per_class(best.counted), strict=True)),
+        "n_params": sum(p.numel() for p in best.parameters()),
+        "epochs": fitter.current_epoch,
+        "steps": fitter.global_step,
+        "images_per_second": fitted.stopwatch.images_per_second,
+        "seconds": fitted.stopwatch.all_seconds,
+        "precision": fitter.precision,
+        "checkpoint": fitted.best_checkpoint,
+        "overrides": overrides,
+    }
+    write_text(directory / "result.json", json.dumps(result, indent=2))
+    picture = show_confusion(best.counted, data.class_names, directory / "confusion.png", fitter)
+    print(closing_lines(result, directory, picture))
+
+
+def closing_lines(result: dict[str, Any], directory: Path, picture: Path) -> str:
+    shares = {name: share for name, share in result["test/accuracy_per_class"].items() if share is not None}
+    return "\n".join([
+        *(f"{name:>{max(map(len, shares))}}  {share:.1%}" for name, share in shares.items()),
+        f"{result['label']}: val {result['val/accuracy']:.2%}, test {result['test/accuracy']:.2%} "
+        f"on {result['val/images']} and {result['test/images']} images",
+        f"{result['n_params']:,} parameters, {result['images_per_second']:.0f} training images/s, "
+        f"{result['seconds']:.0f} s in all",
+        f"best checkpoint: {shown(result['checkpoint'])}",
+        f"confusions:      {shown(picture)}",
+        f"look at it:      tensorboard --logdir {shown(directory)}",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""Classifiers, what they say of samples, and a density model as one."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_laws import configs, redraw
+from torch import nn
+
+import pixelcnn_lit.evaluate
+import pixelcnn_lit.judge
+import pixelcnn_lit.train
+import pixelcnn_lit.train_classifier
+from pixelcnn_lit.bayes import class_log_likelihoods, marginal, posterior, score
+from pixelcnn_lit.build import build
+from pixelcnn_lit.classifiers.judging import Read, diversity, frechet_distance, kernel_distance, nearest, read, verdict
+from pixelcnn_lit.classifiers.lit import Classifier, load_classifier
+from pixelcnn_lit.command import CONF
+from pixelcnn_lit.data.module import image_data
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.lit import DensityModel, load
+
+NAMES = sorted(path.stem for path in (CONF / "classifier").glob("*.yaml"))
+TINY = ["trainer=cpu", "trainer.log_every_n_steps=1", "trainer.precision=32-true", "dataset.num_workers=0"]
+
+
+def command(main, *overrides: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *overrides])
+        main()
+
+
+def one_line(main, capsys, *overrides: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        command(main, *overrides)
+    capsys.readouterr()
+    message = str(stop.value.code)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def judge_run(tmp_path_factory) -> Path:
+    """A narrow ResNet that has learned the digits a little."""
+    directory = tmp_path_factory.mktemp("judge")
+    small = ["classifier.width=8", "classifier.n_residual=1", "trainer.max_epochs=3"]
+    command(pixelcnn_lit.train_classifier.main, *TINY, *small, f"run_dir={directory}")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def judge(judge_run) -> Classifier:
+    return load_classifier(str(judge_run / "checkpoints" / "best.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        data = image_data(OmegaConf.to_container(compose("train", []).dataset, resolve=True))
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 17, 23)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "vgg16_transfer"])
+def test_each_network_reads_images_of_any_size(name, shape):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train_classifier", [f"classifier={name}"]).classifier, resolve=True)
+    net = build("classifier", config, nn.Module, image_shape=shape, num_classes=7)
+    x = torch.randn(2, *shape)
+    assert net(x).shape == (2, 7)
+    assert torch.equal(net.eval().head(net.body(x)), net(x))
+
+
+def test_the_published_sizes_are_those_of_cifar10():
+    def built(name: str) -> nn.Module:
+        config = {"_target_": f"pixelcnn_lit.classifiers.networks.{name}"}
+        return build("classifier", config, nn.Module, image_shape=(3, 32, 32), num_classes=10)
+
+    assert [m.in_features for m in built("CNN").modules() if isinstance(m, nn.Linear)] == [400, 120, 84]
+    assert built("ConvBN").head.in_features == 256 * 4 * 4
+    assert [m.in_features for m in built("VGG").modules() if isinstance(m, nn.Linear)] == [2048, 256]
+
+
+def test_vgg16_keeps_its_convolutions_and_scales_images_as_they_were_trained():
+    with torch.device("meta"):
+        config = {"_target_": "pixelcnn_lit.classifiers.networks.VGG16Transfer", "weights": None}
+        net = build("classifier", config, nn.Module, image_shape=(1, 28, 28), num_classes=10)
+    trained = {name.split(".")[0] for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == {"hidden", "head"}
+    assert [m.out_features for m in net.modules() if isinstance(m, nn.Linear)] == [4096, 4096, 10]
+    assert net.mean == (0.485, 0.456, 0.406)
+    with torch.device("meta"):
+        assert net(torch.empty(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_published_weights_are_loaded_where_a_run_starts_and_what_fails_is_told_in_one_line(monkeypatch):
+    with torch.device("meta"):
+        config = {"_target_": "pixelcnn_lit.classifiers.networks.VGG16Transfer"}
+        net = build("classifier", config, nn.Module, image_shape=(3, 32, 32), num_classes=10)
+    for error in (OSError("no network"), RuntimeError('invalid hash value (expected "39", got "8d")')):
+
+        def failing(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", failing)
+        with pytest.raises(UserError, match=r"cannot be downloaded .* classifier\.weights=null starts without"):
+            net.load_pretrained()
+    published = {f"features.{name}": torch.ones_like(p) for name, p in net.convolutions.state_dict().items()}
+    published["classifier.0.weight"] = torch.zeros(1)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: published)
+    net.load_pretrained()
+    net.weights = "IMAGENET"
+    with pytest.raises(UserError, match="type one of IMAGENET1K_V1"):
+        net.load_pretrained()
+
+
+def test_a_run_leaves_result_confusions_and_a_checkpoint_that_rebuilds_itself(judge_run, judge, digits):
+    result = json.loads((judge_run / "result.json").read_text())
+    assert result["test/images"] == 250
+    assert result["test/accuracy"] > 0.5
+    assert (judge_run / "confusion.png").is_file()
+    with torch.no_grad():
+        right = judge(digits.test.x).argmax(1) == digits.test.y
+    assert result["test/accuracy"] == pytest.approx(float(right.double().mean()), abs=1e-9)
+    per_class = {name: float(right[digits.test.y == n].double().mean()) for n, name in enumerate(digits.class_names)}
+    assert result["test/accuracy_per_class"] == pytest.approx(per_class)
+
+
+def test_images_are_scaled_by_the_statistics_of_the_training_images(judge, digits):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge.net.body, "forward", lambda x: seen.append(x) or x.flatten(1))
+        judge.features(digits.train.x)
+    assert float(seen[0].mean()) == pytest.approx(0, abs=1e-5)
+    assert float(seen[0].std(correction=0)) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_run_killed_and_gone_on_with_ends_like_one_never_killed(tmp_path):
+    class Killed(Exception):
+        pass
+
+    small = [*TINY, "classifier.width=4", "classifier.n_residual=1", "trainer.max_epochs=2"]
+    small += ["trainer.limit_train_batches=5", "callbacks.last.every_n_steps=2", "dataset.batch_size=16"]
+    command(pixelcnn_lit.train_classifier.main, *small, f"run_dir={tmp_path}/whole")
+    whole = last_and_curve(tmp_path / "whole")
+    for where, after in (("training_step", 8), ("validation_step", 1), ("validation_step", 17)):
+        calls, original, directory = [], getattr(Classifier, where), tmp_path / f"{where}{after}"
+
+        def dying(self, *arguments, calls=calls, original=original, after=after):
+            calls.append(1)
+            if len(calls) > after:
+                raise Killed
+            return original(self, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Classifier, where, dying)
+            with pytest.raises(Killed):
+                command(pixelcnn_lit.train_classifier.main, *small, f"run_dir={directory}")
+        command(pixelcnn_lit.train_classifier.main, f"run_dir={directory}", "ckpt=last")
+        cut = last_and_curve(directory)
+        assert cut[1] == whole[1]
+        assert val_figures(directory) == val_figures(tmp_path / "whole")
+        assert all(torch.equal(whole[0][key], cut[0][key]) for key in whole[0] | cut[0])
+    longer = ["trainer.max_epochs=3", f"run_dir={tmp_path}/whole", "ckpt=last"]
+    command(pixelcnn_lit.train_classifier.main, *longer)
+    assert json.loads((tmp_path / "whole" / "result.json").read_text())["epochs"] == 3
+
+
+def val_figures(directory: Path) -> dict:
+    result = json.loads((directory / "result.json").read_text())
+    return {key: value for key, value in result.items() if key.startswith(("val/", "test/"))}
+
+
+def last_and_curve(directory: Path) -> tuple[dict, set]:
+    """Weights of the last checkpoint, and the mean training losses of the epochs in TensorBoard."""
+    events = EventAccumulator(str(directory)).Reload()
+    assert "confusion" in events.Tags()["images"]
+    losses = {(event.step, repr(event.value)) for event in events.Scalars("train/loss")}
+    return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], losses
+
+
+def test_mistakes_get_one_line(judge_run, tmp_path, capsys):
+    ckpt = f"{judge_run}/checkpoints/best.ckpt"
+    said = one_line(pixelcnn_lit.train_classifier.main, capsys, *TINY, "classifier=cnn", f"run_dir={tmp_path}/a")
+    assert "wants images of 16×16 and more; type classifier=resnet" in said
+    said = one_line(pixelcnn_lit.train_classifier.main, capsys, "classifier.wdth=3", f"run_dir={tmp_path}/b")
+    assert "did you mean width?" in said
+    said = one_line(pixelcnn_lit.evaluate.main, capsys, f"ckpt={ckpt}", f"run_dir={tmp_path}/c")
+    assert "no checkpoint of a density model" in said
+    said = one_line(pixelcnn_lit.judge.main, capsys, "ckpt=mnist", f"classifier_ckpt={ckpt}", f"run_dir={tmp_path}/d")
+    assert "its image_shape is [1, 8, 8], here it is [1, 28, 28]" in said
+
+
+# What a judge says
+
+
+def test_consistency_of_real_test_images_is_the_test_accuracy(judge_run, judge, digits):
+    drawn = read(judge, digits.test.x, batch_size=32)
+    told = verdict(drawn, digits.test.y, read(judge, digits.train.x, 64), 10, n_compared=20)
+    assert told.consistency == pytest.approx(json.loads((judge_run / "result.json").read_text())["test/accuracy"])
+
+
+def test_figures_do_not_depend_on_the_batches(judge, digits):
+    training, y = read(judge, digits.train.x, 64), digits.test.y[:200]
+    by_7, at_once = (verdict(read(judge, digits.test.x[:200], n), y, training, 10, 15) for n in (7, 200))
+    assert torch.equal(by_7.confusion, at_once.confusion)
+    for name in ("consistency", "frechet", "kernel", "diversity"):
+        assert getattr(by_7, name) == pytest.approx(getattr(at_once, name), rel=1e-3, abs=1e-4)
+
+
+def test_distances_are_what_their_papers_say():
+    torch.manual_seed(0)
+    a = torch.randn(4000, 3, dtype=torch.float64)
+    shifted = a * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([0.0, 3.0, 0.0])
+    exact = (shifted.mean(0) - a.mean(0)).square().sum()
+    cov_a, cov_b = a.T.cov(), shifted.T.cov()
+    root = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
+    assert frechet_distance(a, shifted) == pytest.approx(float(exact + (cov_a + cov_b).trace() - 2 * root), rel=1e-3)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-3)
+    assert abs(kernel_distance(a, torch.randn(4000, 3, dtype=torch.float64))) < 0.1 < kernel_distance(a, shifted)
+
+
+def test_diversity_is_within_classes_and_the_nearest_is_the_nearest():
+    features, y = torch.tensor([[0.0], [1.0], [10.0], [14.0]]), torch.tensor([0, 0, 1, 1])
+    assert diversity(features, y) == pytest.approx((1 + 4) / 2)
+    assert nearest(torch.tensor([[0.9], [13.0]]), features).tolist() == [1, 3]
+    copies = Read(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    assert diversity(copies.features, y) == 0
+
+
+def test_judge_tells_of_each_setting_beside_real_images(judge_run, tmp_path, capsys):
+    small = ["model_size=tiny", *TINY, "trainer.limit_train_batches=2", "trainer.max_epochs=1", "sampler.n_per_class=1"]
+    command(pixelcnn_lit.train.main, *small, "label_dropout=0.1", f"run_dir={tmp_path}/model")
+    command(
+        pixelcnn_lit.judge.main,
+        f"ckpt={tmp_path}/model/checkpoints/best.ckpt",
+        f"classifier_ckpt={judge_run}/checkpoints/best.ckpt",
+        "sampler.n_per_class=5",
+        "temperatures=[1.0,0.5]",
+        "guidance_scales=[1,2]",
+        f"run_dir={tmp_path}/judge",
+    )
+    told = json.loads((tmp_path / "judge" / "judge.json").read_text())["verdicts"]
+    assert len(told) == 5
+    real = json.loads((judge_run / "result.json").read_text())
+    assert told["real test images"]["consistency"] == pytest.approx(real["test/accuracy"])
+    assert told["real test images"]["consistency_per_class"] == list(real["test/accuracy_per_class"].values())
+    assert told["real test images"]["consistency"] > told["temperature 1, guidance 1"]["consistency"]
+    assert told["real test images"]["frechet"] < told["temperature 1, guidance 1"]["frechet"]
+    assert all(sum(map(sum, told[name]["confusion"])) == 50 for name in told if name != "real test images")
+    for name in ("confusion", "nearest", "curve"):
+        assert (tmp_path / "judge" / f"{name}.png").is_file()
+
+
+# Bayes
+
+
+def test_the_posterior_is_bayes_rule_and_the_scores_are_its():
+    given = torch.tensor([[-10.0, -11.0], [-500.0, -490.0]])
+    prior = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    p = posterior(given, prior).exp()
+    odds = 0.25 * math.exp(-10) / (0.75 * math.exp(-11))
+    assert float(p[0, 0] / p[0, 1]) == pytest.approx(odds)
+    assert torch.allclose(p.sum(1), torch.ones(2, dtype=torch.float64))
+    told = score(p.log(), torch.tensor([0, 1]))
+    assert torch.allclose(marginal(given, prior), (given.double().exp() @ prior).log(), rtol=1e-9)
+    assert told.accuracy == (float(p[0, 0] > 0.5) + 1) / 2
+    assert told.nll == pytest.approx(-float(p[0, 0].log() + p[1, 1].log()) / 2)
+
+
+def test_likelihoods_given_each_class_are_the_models_own(digits):
+    facts = digits.facts | {"label": "", "dataset": {}}
+    model = DensityModel(**configs("pixelcnn", "categorical"), **facts).double().eval()
+    redraw(model)
+    x, y = digits.test.x[:12], digits.test.y[:12]
+    given = class_log_likelihoods(model, x, batch_size=5)
+    with torch.no_grad():
+        assert torch.allclose(given.gather(1, y[:, None])[:, 0], -model.nats(x, y), rtol=1e-12)
+    assert given.shape == (12, 10)
+
+
+def test_evaluate_classifies(tmp_path, capsys, digits):
+    small = ["model_size=tiny", *TINY, "trainer.limit_train_batches=2", "trainer.max_epochs=1", "sampler.n_per_class=1"]
+    for conditional in ("true", "false"):
+        run = tmp_path / conditional
+        command(pixelcnn_lit.train.main, *small, f"model.conditional={conditional}", f"run_dir={run}")
+    asked = ["task=classify", "n_images=20"]
+    ckpt = f"ckpt={tmp_path}/true/checkpoints/best.ckpt"
+    command(pixelcnn_lit.evaluate.main, ckpt, *asked, f"run_dir={tmp_path}/out")
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    model, data = load(ckpt.removeprefix("ckpt=")), digits
+    some = data.test[torch.randperm(250, generator=torch.Generator().manual_seed(0))[:20]]
+    prior = torch.bincount(data.train.y).double() / len(data.train)
+    expected = score(posterior(class_log_likelihoods(model, some.x, 20), prior), some.y)
+    assert told["images"] == 20
+    assert told["nll"] == pytest.approx(expected.nll, rel=1e-5)
+    assert told["accuracy"] == expected.accuracy
+    beside = ["dataset@beside=npz", f"beside.path={tmp_path}/noise.npz"]
+    noise = np.random.default_rng(0).integers(256, size=(300, 8, 8), dtype=np.uint8)
+    labels = np.arange(300) % 10
+    halves = {"train_images": noise, "train_labels": labels, "test_images": noise[:40], "test_labels": labels[:40]}
+    np.savez(tmp_path / "noise.npz", **halves)
+    both = [ckpt, "task=novelty", "n_images=20", *beside]
+    command(pixelcnn_lit.evaluate.main, *both, "beside.levels=17", f"run_dir={tmp_path}/new")
+    told = json.loads((tmp_path / "new" / "evaluation.json").read_text())
+    assert told["bpd"] < told["bpd_beside"]
+    assert told["auroc"] > 0.5
+    assert (tmp_path / "new" / "novelty.png").is_file()
+    said = one_line(pixelcnn_lit.evaluate.main, capsys, *both, f"run_dir={tmp_path}/levels")
+    assert "dataset@beside: images [1, 8, 8] of 256 levels" in said
+    assert "type both" in one_line(pixelcnn_lit.evaluate.main, capsys, ckpt, *beside, f"run_dir={tmp_path}/alone")
+    ckpt = f"ckpt={tmp_path}/false/checkpoints/best.ckpt"
+    assert "knows no classes" in one_line(pixelcnn_lit.evaluate.main, capsys, ckpt, *asked, f"run_dir={tmp_path}/no")
