@@ -169,7 +169,7 @@ def write_weights(path: Path, weights: dict[str, Tensor], hyper_parameters: dict
     """Weights and what rebuilds their model as safetensors, which any program can read."""
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     config = json.dumps(hyper_parameters)
-    metadata = {"format": "pt", "hyper_parameters": config, "sha256": _digest(weights, config)}
+    metadata = {"format": "pt", "hyper_parameters": config, "sha256": digest(weights, config)}
     with whole(path) as file:
         file.write(safetensors_bytes(weights, metadata))
 
@@ -180,15 +180,15 @@ def _read_weights(path: str) -> dict[str, Any]:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     if not {"hyper_parameters", "sha256"} <= metadata.keys():
         raise UserError(f"ckpt={path}: not written by pixelcnn_lit.export; type another ckpt")
-    if _digest(weights, metadata["hyper_parameters"]) != metadata["sha256"]:
+    if digest(weights, metadata["hyper_parameters"]) != metadata["sha256"]:
         raise ValueError("its SHA-256 is not the one written in it")
     return {"hyper_parameters": json.loads(metadata["hyper_parameters"]), "state_dict": weights}
 
 
-def _digest(weights: dict[str, Tensor], config: str) -> str:
+def digest(weights: dict[str, Tensor], config: str) -> str:
     """SHA-256 of the config and of each weight's name, type, shape and bytes."""
-    digest = hashlib.sha256(config.encode())
+    hashed = hashlib.sha256(config.encode())
     for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        hashed.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        hashed.update(weight.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()

@@ -45,3 +45,8 @@ def animate(pictures: list[Tensor], path: Path) -> None:
     frames = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     durations = [5000 // len(frames)] * (len(frames) - 1) + [2000]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def as_it_is(image: Tensor) -> Image.Image:
+    """An image uint8 [1 or 3,H,W], grey or RGB, its levels unchanged."""
+    return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())

@@ -20,7 +20,7 @@ FLOORS = (
     ("models",),
     ("samplers",),
     ("lit", "machine", "classifiers"),
-    ("bayes", "callbacks", "runs"),
+    ("bayes", "codec", "callbacks", "runs"),
     ("resume",),
     ("fitting",),
     ("summarize", "data.__main__", *COMMANDS),

@@ -1,0 +1,123 @@
+"""Compress images with a model, and say how many bits they took."""
+
+import io
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pixelcnn_lit.bayes import class_log_likelihoods
+from pixelcnn_lit.build import Range
+from pixelcnn_lit.checkpoints import whole
+from pixelcnn_lit.codec import compress
+from pixelcnn_lit.command import command, shown
+from pixelcnn_lit.data.images import Split, channels_first
+from pixelcnn_lit.data.module import saved_or_given
+from pixelcnn_lit.errors import UserError, first_line
+from pixelcnn_lit.lit import DensityModel, load, require_same
+from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.pictures import as_it_is, read_png
+
+SPLITS = ("train", "validation", "test")
+
+
+@command("compress")
+def main(
+    ckpt: str,
+    images: str,
+    out: str,
+    n_images: Annotated[int, Range(0)] | None,
+    batch_size: Annotated[int, Range(1, 65535)],
+    dataset: dict[str, Any],
+) -> None:
+    model = load(ckpt).to(best_device())
+    if images in SPLITS:
+        given = of_split(model, images, ckpt, dataset)[:n_images]
+    else:
+        given = of_file(model, images, n_images, batch_size)
+    done = compress(model, given, batch_size)
+    with whole(Path(out)) as file:
+        file.write(done.content)
+    if len(given):
+        print(report(model, given, len(done.content), done.model_bits, done.class_bits))
+    print(f"{len(given)} images, {len(done.content):,} bytes: {shown(out)}")
+
+
+def of_split(model: DensityModel, split: str, ckpt: str, dataset: dict[str, Any]) -> Split:
+    data = saved_or_given(model.hparams["dataset"], dataset)
+    data.setup()
+    require_same(ckpt, dict(model.hparams), data.facts)
+    return getattr(data, split)
+
+
+def of_file(model: DensityModel, path: str, n_images: int | None, batch_size: int) -> Split:
+    """The first images of an npz or a folder; where they have no labels, those that make them likeliest."""
+    pixels, labels = read_folder(path, n_images) if Path(path).is_dir() else read_npz(path, n_images)
+    if tuple(pixels.shape[1:]) != model.image_shape:
+        raise UserError(f"images={path}: {list(pixels.shape[1:])}, but the model is of {list(model.image_shape)}")
+    if len(pixels) and int(pixels.max()) >= model.levels:
+        raise UserError(f"images={path}: a value of {int(pixels.max())}, but the model is of {model.levels} levels")
+    if labels is None and len(pixels):
+        labels = torch.tensor(model.classes)[class_log_likelihoods(model, pixels, batch_size).argmax(1)]
+    if labels is None:
+        labels = torch.zeros(0, dtype=torch.int64)
+    if len(model.classes) > 1 and not set(labels.tolist()) <= set(model.classes):
+        raise UserError(
+            f"images={path}: labels {int(labels.min())}..{int(labels.max())}, the model knows {model.classes}"
+        )
+    return Split(pixels, labels)
+
+
+def read_folder(path: str, n_images: int | None) -> tuple[Tensor, None]:
+    files = sorted(Path(path).rglob("*.png"))[:n_images]
+    if not files and n_images != 0:
+        raise UserError(f"images={path}: no *.png in it; type another folder")
+    for file in files:
+        with Image.open(file) as image:
+            if "A" in image.getbands() or "transparency" in image.info:
+                raise UserError(f"{file}: is transparent, which would be lost; save it without")
+    x = [read_png(file) for file in files]
+    if len({image.shape for image in x}) > 1:
+        raise UserError(f"images={path}: of different sizes; make them one size")
+    return torch.stack(x), None
+
+
+def read_npz(path: str, n_images: int | None) -> tuple[Tensor, Tensor | None]:
+    if not Path(path).is_file():
+        raise UserError(f"images={path}: no such file; type {', '.join(SPLITS)}, an npz or a folder of PNGs")
+    try:
+        with np.load(path) as content:
+            x, y = content["images"], content.get("labels")
+    except Exception as error:  # zip and numpy name their troubles in a dozen classes
+        raise UserError(f"images={path}: no npz with `images` and perhaps `labels` ({first_line(error)})") from error
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (y is not None and y.shape != x.shape[:1]):
+        raise UserError(f"images={path}: `images` must be uint8 [N,H,W] or [N,H,W,C], `labels` [N]")
+    return channels_first(torch.from_numpy(x[:n_images])), None if y is None else torch.from_numpy(y[:n_images]).long()
+
+
+def report(model: DensityModel, images: Split, size: int, model_bits: float, class_bits: float) -> str:
+    """Bits per dimension, and what other formats take."""
+    dims, ideal = len(images) * model.dims, model_bits + class_bits
+    lines = {
+        "file": 8 * size,
+        "model": model_bits,
+        "classes": class_bits,
+        "PNG, a file an image": 8 * sum(encoded(image, "PNG", optimize=True) for image in images.x),
+        "WebP lossless, likewise": 8 * sum(encoded(image, "WEBP", lossless=True, quality=100) for image in images.x),
+    }
+    rows = [f"{name:>24}  {bits / dims:.4f} bits per dimension" for name, bits in lines.items()]
+    return "\n".join([*rows, f"{'overhead':>24}  {8 * size / ideal - 1:.3%} over model and classes"])
+
+
+def encoded(image: Tensor, format: str, **options: Any) -> int:
+    """Bytes of an image uint8 [C,H,W] as Pillow writes it."""
+    buffer = io.BytesIO()
+    as_it_is(image).save(buffer, format, **options)
+    return buffer.tell()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The images in a file of `compress`, to the bit."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pixelcnn_lit.checkpoints import whole
+from pixelcnn_lit.codec import decompress
+from pixelcnn_lit.command import command, shown
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.lit import load
+from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.pictures import as_it_is
+
+
+@command("decompress")
+def main(ckpt: str, file: str, out: str) -> None:
+    model = load(ckpt).to(best_device())
+    if not Path(file).is_file():
+        raise UserError(f"file={file}: no such file")
+    if not out.endswith(".npz") and Path(out).is_dir() and any(Path(out).iterdir()):
+        raise UserError(f"out={out}: is not empty; type another folder, or a name that ends in .npz")
+    images = decompress(model, Path(file).read_bytes(), f"file={file}")
+    if out.endswith(".npz"):
+        with whole(Path(out)) as target:
+            np.savez(target, images=images.x.permute(0, 2, 3, 1).numpy(), labels=images.y.numpy())
+    else:
+        for n, (image, label) in enumerate(zip(images.x, images.y.tolist(), strict=True)):
+            path = Path(out) / str(label) / f"{n:06}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            as_it_is(image).save(path)
+    print(f"{len(images)} images: {shown(out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""A codec gives back the images, to the bit, in as many bits as the model says; or it says why it cannot."""
+
+import json
+import math
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from test_laws import PAIRS, configs, redraw
+
+import pixelcnn_lit.compress
+import pixelcnn_lit.decompress
+from pixelcnn_lit import codec
+from pixelcnn_lit.checkpoints import write_weights
+from pixelcnn_lit.codec import CRC, HEADER, MAGIC, Header, compress, decompress
+from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.lit import DensityModel
+
+FACTS = {"levels": 17, "num_classes": 3, "class_names": ["a", "b", "c"], "label": "", "dataset": {}}
+
+
+def model_of(network: str, likelihood: str, shape=(1, 4, 5), conditional=True, seed=0) -> DensityModel:
+    model = DensityModel(**configs(network, likelihood, conditional=conditional), image_shape=list(shape), **FACTS)
+    redraw(model, seed)
+    return model.eval()
+
+
+def images_of(model: DensityModel, n: int) -> Split:
+    x = torch.randint(17, (n, *model.image_shape), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+    return Split(x, torch.tensor([model.classes[k % len(model.classes)] for k in range(n)], dtype=torch.int64))
+
+
+def assert_comes_back(model: DensityModel, images: Split, batch_size: int) -> codec.Compressed:
+    done = compress(model, images, batch_size)
+    back = decompress(model, done.content, "file=x")
+    assert torch.equal(back.x, images.x)
+    assert torch.equal(back.y, images.y)
+    return done
+
+
+@pytest.mark.parametrize(("network", "likelihood"), PAIRS)
+def test_what_goes_in_comes_out(network, likelihood):
+    for shape in ((1, 4, 5), (3, 3, 2)):
+        assert_comes_back(model_of(network, likelihood, shape), images_of(model_of(network, likelihood, shape), 5), 2)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 7])
+def test_any_number_of_images(n):
+    for conditional in (True, False):
+        model = model_of("pixelcnn", "categorical", conditional=conditional)
+        assert_comes_back(model, images_of(model, n), 4)
+    images = Split(images_of(model, n).x, torch.arange(n) % 3)  # labels of a dataset, of which the model knows nothing
+    assert torch.equal(decompress(model, compress(model, images, 4).content, "file=x").x, images.x)
+
+
+def test_a_file_is_as_small_as_the_model_says():
+    """200 images drawn by nobody: some 16,000 bits a batch, of which the header is not counted."""
+    model = model_of("pixelcnn", "categorical", (1, 8, 8))
+    images = images_of(model, 200)
+    done = assert_comes_back(model, images, 64)
+    with torch.no_grad():
+        nats = float(model.nats(images.x, images.y).double().sum())
+    assert done.model_bits == pytest.approx(nats / math.log(2), rel=1e-5)
+    assert done.class_bits == pytest.approx(200 * math.log2(3))
+    payload = 8 * Header(*HEADER.unpack_from(done.content, len(MAGIC))).payload_bytes
+    assert 0 < payload - done.model_bits - done.class_bits < 64 + 0.001 * done.model_bits
+
+
+def test_weights_are_whole_and_sum_to_24_bits():
+    logits = torch.randn(2, 17, 3, dtype=torch.float64) * 20
+    whole = codec.weights(logits)
+    assert whole.shape == (6, 17)
+    assert (whole == np.floor(whole)).all()
+    assert whole.min() >= 1
+    assert (np.abs(whole.sum(1) - 2**24) <= 17).all()
+    assert np.allclose(whole[1] / 2**24, logits[0, :, 1].softmax(0).numpy(), atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def written() -> tuple[DensityModel, bytes]:
+    model = model_of("pixelcnn", "categorical")
+    return model, compress(model, images_of(model, 6), 4).content
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_damaged_file_is_refused_in_one_line(seed, written):
+    model, content = written
+    random = np.random.default_rng(seed)
+    broken = bytearray(content)
+    if seed % 3 == 0:
+        broken = broken[: random.integers(len(content))]
+    elif seed % 3 == 1:
+        broken[random.integers(len(content))] ^= 1 << random.integers(8)
+    else:
+        at = random.integers(len(content) - 4)
+        broken[at : at + 4] = bytes(byte ^ 255 for byte in broken[at : at + 4])
+    with pytest.raises(UserError) as refused:
+        decompress(model, bytes(broken), "file=x")
+    assert "\n" not in str(refused.value)
+
+
+def with_header(content: bytes, **changed) -> bytes:
+    """A file whose checksums are right, and whose header is another."""
+    header = Header(*HEADER.unpack_from(content, len(MAGIC)))
+    end = len(MAGIC) + HEADER.size + header.text_bytes
+    text = changed.pop("text", content[end - header.text_bytes : end])
+    head = MAGIC + HEADER.pack(*header._replace(text_bytes=len(text), **changed)) + text
+    return head + CRC.pack(zlib.crc32(head)) + content[end + CRC.size :]
+
+
+def test_a_file_of_another_model_version_or_place_is_refused(written):
+    model, content = written
+    assert len(decompress(model, with_header(content), "file=x")) == 6
+    with pytest.raises(UserError, match="written with another model"):
+        decompress(model_of("pixelcnn", "categorical", seed=1), content, "file=x")
+    with pytest.raises(UserError, match="or of another version"):
+        decompress(model, b"PLC2" + content[4:], "file=x")
+    with pytest.raises(UserError, match="written on cuda Nothing torch 9, here is cpu"):
+        decompress(model, with_header(content, text=b"cuda Nothing torch 9"), "file=x")
+    for wrong in ({"images": 5}, {"batch_size": 3}, {"digest": bytes(16)}):
+        with pytest.raises(UserError, match=r"computes other probabilities|damaged"):
+            decompress(model, with_header(content, **wrong), "file=x")
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"batch_size": 0}, {"images": 2**32 - 1}], ids=str)
+def test_a_crafted_header_is_refused_at_once(wrong, written):
+    model, content = written
+    with pytest.raises(UserError, match="damaged"):
+        decompress(model, with_header(content, **wrong), "file=x")
+
+
+def test_other_probabilities_end_in_one_line_wherever_they_show(monkeypatch):
+    """Some thousand symbols: the range coder meets impossible bits long before the digest is compared."""
+    model = model_of("pixelcnn", "categorical", (1, 16, 16))
+    content = compress(model, images_of(model, 60), 30).content
+    weights = codec.weights
+    monkeypatch.setattr(codec, "weights", lambda logits: weights(logits * (1 + 1e-3)))
+    with pytest.raises(UserError, match="computes other probabilities"):
+        decompress(model, content, "file=x")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+def test_what_goes_in_comes_out_on_a_gpu():
+    model = model_of("pixelcnn", "categorical").cuda()
+    assert_comes_back(model, images_of(model, 5), 2)
+
+
+def command(main, *overrides: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *overrides])
+        main()
+
+
+def test_the_commands_write_and_read_npz_and_folders(tmp_path, capsys):
+    model = model_of("pixelcnn", "categorical", (3, 6, 6))
+    ckpt = f"{tmp_path}/model.safetensors"
+    write_weights(tmp_path / "model.safetensors", model.state_dict(), json.loads(json.dumps(dict(model.hparams))))
+    images = images_of(model, 5)
+    pixels = images.x.permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "a.npz", images=pixels, labels=images.y.numpy())
+    np.savez(tmp_path / "unlabelled.npz", images=pixels)
+    here = f"run_dir={tmp_path}/run"
+    for source in ("unlabelled.npz", "a.npz"):
+        asked = [f"images={tmp_path}/{source}", f"out={tmp_path}/a.plc", here]
+        command(pixelcnn_lit.compress.main, f"ckpt={ckpt}", *asked)
+        said = capsys.readouterr().out
+        assert "WebP lossless" in said
+        assert "overhead" in said
+        asked = [f"file={tmp_path}/a.plc", f"out={tmp_path}/b.npz", here]
+        command(pixelcnn_lit.decompress.main, f"ckpt={ckpt}", *asked)
+        assert (np.load(tmp_path / "b.npz")["images"] == pixels).all()
+    asked = [f"file={tmp_path}/a.plc", f"out={tmp_path}/folder", here]
+    command(pixelcnn_lit.decompress.main, f"ckpt={ckpt}", *asked)
+    assert len(list((tmp_path / "folder").rglob("*.png"))) == 5
+    asked = [f"images={tmp_path}/folder", f"out={tmp_path}/c.plc", here]
+    command(pixelcnn_lit.compress.main, f"ckpt={ckpt}", *asked)
+    for wrong, said in (
+        (f"images={tmp_path}/nothing.npz", "no such file"),
+        (f"images={ckpt}", "no npz with `images`"),
+        ("n_images=-1", "n_images=-1: must be"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command(pixelcnn_lit.compress.main, f"ckpt={ckpt}", *asked, wrong)
+        assert said in str(stop.value.code)
