@@ -47,7 +47,8 @@ MAGIC = b"PLC1"
 HEADER = struct.Struct("<16s4HI2HII16sB")
 CRC = struct.Struct("<I")
 BITS = 24
-FAMILY = constriction.stream.model.Categorical(perfect=False)
+stream: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue] (an extension, without types)
+FAMILY = stream.model.Categorical(perfect=False)
 
 
 class Header(NamedTuple):
@@ -75,7 +76,7 @@ class Compressed(NamedTuple):
 
 def compress(model: DensityModel, images: Split, batch_size: int) -> Compressed:
     """Images uint8 [N,C,H,W] of classes int64 [N]; those do not matter to a model that was trained without."""
-    encoder, bits = constriction.stream.queue.RangeEncoder(), 0.0
+    encoder, bits = stream.queue.RangeEncoder(), 0.0
     if len(model.classes) == 1:
         images = Split(images.x, torch.full_like(images.y, model.classes[0]))
     elif len(images):
@@ -97,17 +98,20 @@ def compress(model: DensityModel, images: Split, batch_size: int) -> Compressed:
             canvas, given = torch.zeros_like(x, device=model.device), x.to(model.device).flatten(2)
             _walk(model, y, canvas, write(given), torch.get_num_threads(), bar)
     payload, text = encoder.get_compressed().tobytes(), place(model.device).encode()
+    channels, height, width = model.image_shape
     header = Header(
-        model_digest(model),
-        *model.image_shape,
-        model.levels,
-        len(images),
-        batch_size,
-        torch.get_num_threads(),
-        len(payload),
-        zlib.crc32(payload),
-        images_digest(images),
-        len(text),
+        weights=model_digest(model),
+        channels=channels,
+        height=height,
+        width=width,
+        levels=model.levels,
+        images=len(images),
+        batch_size=batch_size,
+        threads=torch.get_num_threads(),
+        payload_bytes=len(payload),
+        payload_crc=zlib.crc32(payload),
+        digest=images_digest(images),
+        text_bytes=len(text),
     )
     head = MAGIC + HEADER.pack(*header) + text
     return Compressed(head + CRC.pack(zlib.crc32(head)) + payload, bits, len(images) * class_bits(model))
@@ -116,7 +120,7 @@ def compress(model: DensityModel, images: Split, batch_size: int) -> Compressed:
 def decompress(model: DensityModel, content: bytes, where: str) -> Split:
     """The images in the `content` of a file. Raises UserError, naming it as `where`, unless they are those written."""
     header, payload = parse(model, content, where)
-    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(payload, dtype=np.uint32))
+    decoder = stream.queue.RangeDecoder(np.frombuffer(payload, dtype=np.uint32))
 
     def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
         levels = torch.from_numpy(decoder.decode(FAMILY, weights(logits)))

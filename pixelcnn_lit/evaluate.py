@@ -121,7 +121,7 @@ def class_prior(data: ImageData) -> Tensor:
 def histogram(bpd: dict[str, Tensor], path: Path) -> Path:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    edges = torch.histogram(torch.cat(list(bpd.values())), 60).bin_edges
+    edges = torch.histogram(torch.cat(list(bpd.values())), 60).bin_edges.tolist()
     for name, values in bpd.items():
         axes.hist(values, edges, alpha=0.6, label=name)
     axes.set(xlabel="bits per dimension of a test image", ylabel="images")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.utilities.model_summary import summarize
+from lightning.pytorch.utilities.model_summary.model_summary import summarize
 
 from pixelcnn_lit.build import Range, check
 from pixelcnn_lit.checkpoints import read_checkpoint, write_text

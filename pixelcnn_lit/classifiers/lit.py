@@ -105,7 +105,8 @@ class Classifier(L.LightningModule):
     def _report(self, split: str) -> None:
         self.counted: Tensor = self.confusion.compute().cpu()  # [class, class that it was taken for]
         figures = {f"{split}/accuracy": accuracy(self.counted), f"{split}/loss": float(self.loss.compute())}
-        self.confusion.reset(), self.loss.reset()
+        self.confusion.reset()
+        self.loss.reset()
         self.figures = figures | {f"{split}/images": int(self.counted.sum())}
         self.log_dict(figures, prog_bar=True, sync_dist=True)
 
