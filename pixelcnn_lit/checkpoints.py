@@ -140,7 +140,7 @@ def rebuild(path: str, kind: Any, **changed: Any) -> Any:
     checkpoint = read_checkpoint(path)
     settings = checkpoint["hyper_parameters"] | changed
     if not settings.keys() >= set(kind.IDENTITY):
-        raise UserError(f"ckpt={path}: no checkpoint of a {kind.TITLE}; type another")
+        raise UserError(f"ckpt={path}: not a checkpoint of this program's {kind.TITLE}s; type another")
     try:
         with torch.device("meta"):  # without memory: a stranger's settings may ask for any amount of it
             kind(**settings).load_state_dict(checkpoint["state_dict"], assign=True)

@@ -194,7 +194,7 @@ def test_mistakes_get_one_line(judge_run, tmp_path, capsys):
     said = one_line(pixelcnn_lit.train_classifier.main, capsys, "classifier.wdth=3", f"run_dir={tmp_path}/b")
     assert "did you mean width?" in said
     said = one_line(pixelcnn_lit.evaluate.main, capsys, f"ckpt={ckpt}", f"run_dir={tmp_path}/c")
-    assert "no checkpoint of a density model" in said
+    assert "not a checkpoint of this program's density models" in said
     said = one_line(pixelcnn_lit.judge.main, capsys, "ckpt=mnist", f"classifier_ckpt={ckpt}", f"run_dir={tmp_path}/d")
     assert "its image_shape is [1, 8, 8], here it is [1, 28, 28]" in said
 
