@@ -95,11 +95,11 @@ def report(verdicts: dict[str, Verdict], head: dict[str, Any]) -> None:
 
 
 def curve(verdicts: dict[str, Verdict], path: Path) -> Path:
-    """Consistency over diversity, a point a setting."""
+    """Consistency over diversity, a point a setting, and a star for real images."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     drawn = {name: own for name, own in verdicts.items() if name != REAL}
-    axes.plot([own.diversity for own in drawn.values()], [own.consistency for own in drawn.values()], "o-")
+    axes.plot([own.diversity for own in drawn.values()], [own.consistency for own in drawn.values()], "o")
     axes.plot(verdicts[REAL].diversity, verdicts[REAL].consistency, "k*")
     for name, own in verdicts.items():
         axes.annotate(name, (own.diversity, own.consistency), textcoords="offset points", xytext=(5, 5), fontsize=8)
