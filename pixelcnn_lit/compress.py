@@ -73,8 +73,8 @@ def of_file(model: DensityModel, path: str, n_images: int | None, batch_size: in
 
 def read_folder(path: str, n_images: int | None) -> tuple[Tensor, None]:
     files = sorted(Path(path).rglob("*.png"))[:n_images]
-    if not files and n_images != 0:
-        raise UserError(f"images={path}: no *.png in it; type another folder")
+    if not files:
+        raise UserError(f"images={path}: no *.png in it, or n_images=0; type another folder")
     for file in files:
         with Image.open(file) as image:
             if "A" in image.getbands() or "transparency" in image.info:

@@ -62,17 +62,17 @@ def main(
     if n < 2:
         raise UserError("sampler.n_per_class: distances want two images of each class, drawn and in the test set")
 
-    def judged(images: Tensor, y: Tensor) -> Verdict:
-        return verdict(read(judge, images, batch_size), y, training, model.num_classes, n)
-
-    verdicts = {REAL: judged(data.test.x, data.test.y)}
+    real = read(judge, data.test.x, batch_size)
+    verdicts = {REAL: verdict(real, data.test.y, training, model.num_classes, n)}
     for name, point in points.items():
         images = model.draw(point, progress=True).cpu()  # [K,n_per_class,C,H,W]
         y = torch.arange(len(images)).repeat_interleave(images.shape[1])
-        verdicts[name] = judged(images.flatten(0, 1), y)
+        drawn = read(judge, images.flatten(0, 1), batch_size)
+        verdicts[name] = verdict(drawn, y, training, model.num_classes, n)
         if len(verdicts) == 2:
             some = images[:, :SHOWN]
-            closest = nearest(read(judge, some.flatten(0, 1), batch_size).features, training.features)
+            shown_features = drawn.features.unflatten(0, images.shape[:2])[:, :SHOWN].flatten(0, 1)
+            closest = nearest(shown_features, training.features)
             pairs = torch.stack([some, data.train.x[closest].view_as(some)], dim=2).flatten(1, 2)
             save(grid(pairs, model.levels), run_dir() / "nearest.png")
             show_confusion(verdicts[name].confusion, data.class_names, run_dir() / "confusion.png")

@@ -44,20 +44,25 @@ class ConvBN(nn.Module):
 
     def __init__(self, image_shape: Shape, num_classes: int) -> None:
         super().__init__()
-        channels, *sides = image_shape
-        height, width = (side // 8 for side in sides)
-        if min(height, width) < 1:
-            raise ValueError("wants images of 8×8 and more")
+        channels, pixels = image_shape[0], _left_of(image_shape)
         layers: list[nn.Module] = []
         for n, (a, b) in enumerate(((channels, 32), (32, 64), (64, 128), (128, 256))):
             layers += [nn.MaxPool2d(2)] if n else []
             layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(b)]
         self.body = nn.Sequential(*layers, nn.Flatten())
-        self.head = nn.Linear(256 * height * width, num_classes)  # a height×width convolution, written as a product
+        self.head = nn.Linear(256 * pixels, num_classes)  # a convolution over all that is left, written as a product
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,H,W] -> [B,num_classes]."""
         return self.head(self.body(x))
+
+
+def _left_of(image_shape: Shape) -> int:
+    """The number of pixels after three 2×2 poolings."""
+    height, width = (side // 8 for side in image_shape[1:])
+    if min(height, width) < 1:
+        raise ValueError("wants images of 8×8 and more")
+    return height * width
 
 
 class VGG(nn.Module):
@@ -68,15 +73,12 @@ class VGG(nn.Module):
 
     def __init__(self, image_shape: Shape, num_classes: int) -> None:
         super().__init__()
-        channels, *sides = image_shape
-        height, width = (side // 8 for side in sides)
-        if min(height, width) < 1:
-            raise ValueError("wants images of 8×8 and more")
+        channels, pixels = image_shape[0], _left_of(image_shape)
         layers: list[nn.Module] = []
         for a, b in ((channels, 32), (32, 64), (64, 128)):
             layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.Conv2d(b, b, 3, padding=1), nn.ReLU()]
             layers += [nn.MaxPool2d(2)]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * height * width, 256), nn.ReLU())
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * pixels, 256), nn.ReLU())
         self.head = nn.Linear(256, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
