@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.checkpoints import write_text
+from pixelcnn_lit.codec import compress, decompress
 from pixelcnn_lit.command import command, run_dir, shown
+from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.fronts import fronts
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import best_device
@@ -180,7 +182,10 @@ def live_flops(density: DensityModel, x: Tensor, y: Tensor) -> int:
 
 @torch.no_grad()
 def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
-    """Each sampler beside one forward pass over the same batch. An evaluation is one of the whole image or a step."""
+    """Each sampler, and the codec, beside one forward pass over the same batch.
+
+    An evaluation is one of the whole image or a step.
+    """
     net, canvas, pixels = density.net, torch.zeros_like(x), x.shape[2] * x.shape[3]
     target, half = (
         Conditioned(network, density.likelihood, y, density.num_classes)
@@ -190,13 +195,22 @@ def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> d
     some = min(NAIVE_PIXELS, pixels)
     width = x.shape[3]
     steps = sum(1 for _ in fronts(x.shape[2], width, getattr(net, "skew", width)))
-    evaluations = {"one forward": 1, "naive": pixels, "cached": steps, "cached, bf16": steps}
+    evaluations = {"one forward": 1, "naive": pixels}
     timed: Timed = {
         "one forward": lambda: net(x, y),
         "naive": lambda: walk(target, pick, canvas, stepwise=False, steps=some),
     }
     if hasattr(net, "step"):
-        timed |= {"cached": lambda: walk(target, pick, canvas), "cached, bf16": lambda: walk(half, pick, canvas)}
+        images = Split(x.cpu(), y.cpu())
+        file = compress(density, images, len(x)).content
+        stepping: Timed = {
+            "cached": lambda: walk(target, pick, canvas),
+            "cached, bf16": lambda: walk(half, pick, canvas),
+            "compress": lambda: compress(density, images, len(x)),
+            "decompress": lambda: decompress(density, file, "the benchmark's own file"),
+        }
+        timed |= stepping
+        evaluations |= dict.fromkeys(stepping, steps)
     timed["fixed_point"] = lambda: evaluations.update(fixed_point=fixed_point(target, pick, torch.zeros_like(x)))
     with evaluating(net, half.net, density.likelihood), parametrize.cached():
         seconds = medians(timed, rounds)

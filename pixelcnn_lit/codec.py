@@ -37,7 +37,7 @@ from pixelcnn_lit.checkpoints import digest
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel
-from pixelcnn_lit.samplers import Conditioned, Pick, walk
+from pixelcnn_lit.samplers import Conditioned, Pick, evaluating, walk
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS promises no order of sums
 
@@ -158,8 +158,11 @@ def parse(model: DensityModel, content: bytes, where: str) -> tuple[Header, byte
     payload, text = content[end + CRC.size :], content[end - header.text_bytes : end]
     if crc != zlib.crc32(content[:end]) or (len(payload), zlib.crc32(payload)) != header[8:10] or len(payload) % 4:
         raise damaged
-    if not header.threads or not header.batch_size or header.images * class_bits(model) > 8 * len(payload) + 64:
-        raise damaged  # on purpose, with right checksums
+    # On purpose, with right checksums: no level takes less than nothing, so a file holds only so many images.
+    surest = math.log2(1 - (model.levels - 1) / 2**BITS)  # log p of a level, when every other has the weight of 1
+    least = class_bits(model) - model.dims * surest / 2  # bits an image; half, for what the range coder rounds
+    if not header.threads or not header.batch_size or header.images * least > 8 * len(payload) + 64:
+        raise damaged
     if header.weights != model_digest(model):
         raise UserError(f"{where}: written with another model; type its ckpt")
     if text.decode("ascii", "replace") != place(model.device):
@@ -199,7 +202,8 @@ def _bar(images: Split, what: str) -> tqdm:
 
 def _walk(model: DensityModel, y: Tensor, canvas: Tensor, pick: Pick, threads: int, bar: tqdm) -> None:
     target = Conditioned(model.net, model.likelihood, y.to(model.device), model.num_classes)
-    with _same_bits(threads), torch.autocast(model.device.type, enabled=False), parametrize.cached():
+    plainly = torch.autocast(model.device.type, enabled=False)
+    with _same_bits(threads), evaluating(target.net, target.likelihood), plainly, parametrize.cached():
         watch = partial(_advance, bar, len(y))
         walk(target, pick, canvas, stepwise=hasattr(model.net, "step"), watch=watch)
 

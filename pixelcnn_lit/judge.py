@@ -46,7 +46,7 @@ def main(
     require_same(classifier_ckpt, dict(judge.hparams), {key: model.hparams[key] for key in ImageData.FACTS})
     points = {
         f"temperature {t:g}, guidance {scale:g}": {**sampler, "temperature": t, "guidance_scale": scale}
-        for t, scale in product(temperatures, guidance_scales)
+        for scale, t in product(guidance_scales, temperatures)
     }
     for point in points.values():  # now, and not after the first has been drawn
         inspect_config("sampler", point, Tensor, ["request"])
@@ -78,6 +78,8 @@ def main(
             show_confusion(verdicts[name].confusion, data.class_names, run_dir() / "confusion.png")
     head = {"ckpt": ckpt, "classifier_ckpt": classifier_ckpt, "label": data.label, "n_compared": n}
     report(verdicts, head)
+    if len(points) > 1:
+        print(shown(curve(points, verdicts, run_dir() / "curve.png")))
 
 
 def report(verdicts: dict[str, Verdict], head: dict[str, Any]) -> None:
@@ -88,22 +90,24 @@ def report(verdicts: dict[str, Verdict], head: dict[str, Any]) -> None:
         print(f"{name:>28}" + "".join(f"{getattr(own, column):>13.4f}" for column in columns))
     rows = {name: own._asdict() | {"confusion": own.confusion.tolist()} for name, own in verdicts.items()}
     write_text(run_dir() / "judge.json", json.dumps(head | {"verdicts": rows}, indent=2))
-    paths = [run_dir() / name for name in ("judge.json", "confusion.png", "nearest.png")]
-    if len(verdicts) > 2:
-        paths.append(curve(verdicts, run_dir() / "curve.png"))
-    print(*map(shown, paths), sep="\n")
+    print(*(shown(run_dir() / name) for name in ("judge.json", "confusion.png", "nearest.png")), sep="\n")
 
 
-def curve(verdicts: dict[str, Verdict], path: Path) -> Path:
-    """Consistency over diversity, a point a setting, and a star for real images."""
+def curve(points: dict[str, dict[str, Any]], verdicts: dict[str, Verdict], path: Path) -> Path:
+    """Consistency over diversity: a line of temperatures for each guidance scale, and a star for real images."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    drawn = {name: own for name, own in verdicts.items() if name != REAL}
-    axes.plot([own.diversity for own in drawn.values()], [own.consistency for own in drawn.values()], "o")
-    axes.plot(verdicts[REAL].diversity, verdicts[REAL].consistency, "k*")
-    for name, own in verdicts.items():
-        axes.annotate(name, (own.diversity, own.consistency), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    for scale in dict.fromkeys(point["guidance_scale"] for point in points.values()):
+        line = [(verdicts[name], point) for name, point in points.items() if point["guidance_scale"] == scale]
+        x, y = [own.diversity for own, _ in line], [own.consistency for own, _ in line]
+        axes.plot(x, y, "o-", label=f"guidance {scale:g}")
+        for own, point in line:
+            where = own.diversity, own.consistency
+            axes.annotate(f"{point['temperature']:g}", where, textcoords="offset points", xytext=(6, 4))
+    axes.plot(verdicts[REAL].diversity, verdicts[REAL].consistency, "k*", label=REAL)
     axes.set(xlabel="diversity: mean distance of two images of a class", ylabel="consistency")
+    axes.margins(0.1)
+    axes.legend(title="beside a point: its temperature")
     figure.savefig(path)
     return path
 

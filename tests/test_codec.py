@@ -132,6 +132,22 @@ def test_a_crafted_header_is_refused_at_once(wrong, written):
         decompress(model, with_header(content, **wrong), "file=x")
 
 
+def test_a_crafted_header_of_a_model_without_classes_gets_no_memory():
+    model = model_of("pixelcnn", "categorical", conditional=False)
+    content = compress(model, images_of(model, 4), 4).content
+    with pytest.raises(UserError, match="damaged"):
+        decompress(model, with_header(content, images=2**32 - 1), "file=x")
+
+
+def test_images_that_cost_nothing_are_no_crafted_header():
+    """A model that is certain: 2,000 images in a few bytes."""
+    model = model_of("pixelcnn", "categorical", conditional=False)
+    certain = 1000 * torch.nn.functional.one_hot(torch.tensor(0), 17)
+    model.likelihood.channel_logits = lambda features, x, c: certain[:, None].expand(len(features), 17, features.shape[2])
+    images = Split(torch.zeros(2_000, *model.image_shape, dtype=torch.uint8), torch.full((2_000,), 3))
+    assert torch.equal(decompress(model, compress(model, images, 2_000).content, "file=x").x, images.x)
+
+
 def test_other_probabilities_end_in_one_line_wherever_they_show(monkeypatch):
     """Some thousand symbols: the range coder meets impossible bits long before the digest is compared."""
     model = model_of("pixelcnn", "categorical", (1, 16, 16))

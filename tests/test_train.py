@@ -290,10 +290,10 @@ def test_guidance_of_a_model_trained_with_label_dropout_draws(tmp_path, monkeypa
 
 
 def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeypatch, capsys):
-    small = ["model_size=tiny", "image_shape=[1,6,6]", "batch_size=2", "rounds=1", f"run_dir={tmp_path}"]
-    command(monkeypatch, pixelcnn_lit.benchmark.main, *small)
+    small = ["model_size=tiny", "model.norm=batch", "image_shape=[1,6,6]", "batch_size=2", "rounds=1"]
+    command(monkeypatch, pixelcnn_lit.benchmark.main, *small, f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "benchmark.json").read_text())
-    samplers = ("one forward", "naive", "cached", "cached, bf16", "fixed_point")
+    samplers = ("one forward", "naive", "cached", "cached, bf16", "compress", "decompress", "fixed_point")
     assert set(result["sampling"]) == {f"sampling, {n}" for n in samplers}
     assert result["sampling"]["sampling, naive"]["times naive"] == 1
     assert "of a dense convolution" in capsys.readouterr().out
