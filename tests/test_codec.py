@@ -143,7 +143,7 @@ def test_images_that_cost_nothing_are_no_crafted_header():
     """A model that is certain: 2,000 images in a few bytes."""
     model = model_of("pixelcnn", "categorical", conditional=False)
     certain = 1000 * torch.nn.functional.one_hot(torch.tensor(0), 17)
-    model.likelihood.channel_logits = lambda features, x, c: certain[:, None].expand(len(features), 17, features.shape[2])
+    model.likelihood.channel_logits = lambda features, x, c: certain[:, None].expand(len(x), 17, features.shape[2])
     images = Split(torch.zeros(2_000, *model.image_shape, dtype=torch.uint8), torch.full((2_000,), 3))
     assert torch.equal(decompress(model, compress(model, images, 2_000).content, "file=x").x, images.x)
 
