@@ -164,7 +164,7 @@ def training_rows(
 
 
 def live_flops(density: DensityModel, x: Tensor, y: Tensor) -> int:
-    """Of forward and backward, without the taps of causal convolutions that their masks make zero."""
+    """Of forward and backward, without the products of causal convolutions and attention that their masks make zero."""
     dead = 0
 
     def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -177,7 +177,14 @@ def live_flops(density: DensityModel, x: Tensor, y: Tensor) -> int:
         density.nats(x, y).mean().backward()
     for hook in hooks:
         hook.remove()
-    return counted.get_total_flops() - dead
+    return counted.get_total_flops() - dead - dead_attention(counted.get_flop_counts()["Global"], x[0, 0].numel())
+
+
+def dead_attention(counted: dict[Any, int], pixels: int) -> int:
+    """Of causal attention: the products with later pixels, and what its backward pass computes a second time."""
+    flops = {str(op): n for op, n in counted.items() if "scaled_dot_product" in str(op)}
+    forward = sum(n for op, n in flops.items() if "backward" not in op)
+    return sum(flops.values()) - 3 * forward * (pixels + 1) // (2 * pixels)
 
 
 @torch.no_grad()

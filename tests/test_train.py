@@ -331,6 +331,17 @@ def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_
     assert pixelcnn_lit.benchmark.live_flops(Alone(), x.requires_grad_(), y) == 3 * live
 
 
+def test_attention_to_later_pixels_is_no_work():
+    class Alone(torch.nn.Module):
+        def nats(self, x, y):
+            tokens = x.flatten(2).mT.contiguous()[:, None].requires_grad_()
+            attend = torch.nn.functional.scaled_dot_product_attention
+            return attend(tokens, tokens, tokens, is_causal=True).sum((1, 2, 3))
+
+    x, pairs = torch.randn(2, 16, 5, 6), 30 * 31 // 2
+    assert pixelcnn_lit.benchmark.live_flops(Alone(), x, torch.zeros(2)) == 3 * 2 * 2 * 2 * pairs * 16
+
+
 def test_the_mean_counts_every_image_once_whatever_the_batches(run):
     """250 images in batches of 7, 32 and 250: published code averages the means of batches, the short one too."""
     model, data = load(str(run / "checkpoints" / "best.ckpt")), digits()
