@@ -86,8 +86,7 @@ def compress(model: DensityModel, images: Split, batch_size: int) -> Compressed:
         def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
             nonlocal bits
             levels = x[:, c, pixels]
-            log_p = logits.log_softmax(1).gather(1, levels[:, None].to(logits.device, torch.int64))
-            bits -= float(log_p.sum()) / math.log(2)
+            bits -= float(logits.gather(1, levels[:, None].to(logits.device, torch.int64)).sum()) / math.log(2)
             encoder.encode(levels.flatten().cpu().numpy().astype(np.int32), FAMILY, weights(logits))
             return levels
 
@@ -179,8 +178,8 @@ def place(device: torch.device) -> str:
 def weights(logits: Tensor) -> np.ndarray:
     """Probabilities of logits [B,V,n] in whole numbers, none of them 0, of about 2^24 in all: float64 [B*n,V]."""
     levels = logits.shape[1]
-    whole = (logits.softmax(1) * (2**BITS - levels)).floor() + 1
-    return whole.transpose(1, 2).reshape(-1, levels).cpu().numpy()
+    p = logits.movedim(1, -1).softmax(-1)  # levels last, as likelihoods have them in memory
+    return p.mul_(2**BITS - levels).floor_().add_(1).reshape(-1, levels).cpu().numpy()
 
 
 def _uniform(n: int, n_classes: int) -> np.ndarray:
