@@ -47,6 +47,7 @@ MAGIC = b"PLC1"
 HEADER = struct.Struct("<16s4HI2HII16sB")
 CRC = struct.Struct("<I")
 BITS = 24
+MOST = 1024  # threads, and images a batch
 stream: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue] (an extension, without types)
 FAMILY = stream.model.Categorical(perfect=False)
 
@@ -80,7 +81,7 @@ def compress(model: DensityModel, images: Split, batch_size: int) -> Compressed:
     if len(model.classes) == 1:
         images = Split(images.x, torch.full_like(images.y, model.classes[0]))
     elif len(images):
-        encoder.encode(images.y.numpy().astype(np.int32), FAMILY, _uniform(len(images), len(model.classes)))
+        encoder.encode(images.y.numpy().astype(np.int32), stream.model.Uniform(len(model.classes)))
 
     def write(x: Tensor) -> Pick:
         def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
@@ -92,10 +93,12 @@ def compress(model: DensityModel, images: Split, batch_size: int) -> Compressed:
 
         return pick
 
-    with _bar(images, "compressing") as bar:
-        for x, y in _batches(images, batch_size):
-            canvas, given = torch.zeros_like(x, device=model.device), x.to(model.device).flatten(2)
-            _walk(model, y, canvas, write(given), torch.get_num_threads(), bar)
+    with _bar(len(images), model, "compressing") as bar:
+        for first in range(0, len(images), batch_size):
+            part = images[first : first + batch_size]
+            canvas = torch.zeros_like(part.x, device=model.device)
+            given = part.x.to(model.device).flatten(2)
+            _walk(model, part.y, canvas, write(given), torch.get_num_threads(), bar)
     payload, text = encoder.get_compressed().tobytes(), place(model.device).encode()
     channels, height, width = model.image_shape
     header = Header(
@@ -125,19 +128,22 @@ def decompress(model: DensityModel, content: bytes, where: str) -> Split:
         levels = torch.from_numpy(decoder.decode(FAMILY, weights(logits)))
         return levels.view(len(logits), -1).to(model.device, torch.uint8)
 
-    y = torch.full((header.images,), model.classes[0])
-    images = Split(torch.zeros(header.images, *model.image_shape, dtype=torch.uint8), y)
     differs = UserError(f"{where}: this machine computes other probabilities than the one that wrote it")
+    x, y = [], torch.zeros(0, dtype=torch.int64)
     try:
-        if len(model.classes) > 1 and len(images):
-            y.copy_(torch.from_numpy(decoder.decode(FAMILY, _uniform(len(images), len(model.classes)))))
-        with _bar(images, "decompressing") as bar:
-            for x, labels in _batches(images, header.batch_size):
-                canvas = x.to(model.device)
+        if len(model.classes) > 1 and header.images:
+            y = torch.from_numpy(decoder.decode(stream.model.Uniform(len(model.classes)), header.images)).long()
+        with _bar(header.images, model, "decompressing") as bar:
+            for first in range(0, header.images, header.batch_size):  # no more memory than what has been read
+                n = min(header.batch_size, header.images - first)
+                labels = y[first : first + n] if len(model.classes) > 1 else torch.full((n,), model.classes[0])
+                canvas = torch.zeros(n, *model.image_shape, dtype=torch.uint8, device=model.device)
                 _walk(model, labels, canvas, pick, header.threads, bar)
-                x.copy_(canvas)
+                x.append(canvas.cpu())
     except AssertionError:  # constriction's, of bits that nothing could have written under such probabilities
         raise differs from None
+    everything = torch.cat([torch.zeros(0, *model.image_shape, dtype=torch.uint8), *x])
+    images = Split(everything, y if len(model.classes) > 1 else torch.full((header.images,), model.classes[0]))
     if images_digest(images) != header.digest:
         raise differs
     return images
@@ -155,15 +161,18 @@ def parse(model: DensityModel, content: bytes, where: str) -> tuple[Header, byte
     except struct.error:
         raise damaged from None
     payload, text = content[end + CRC.size :], content[end - header.text_bytes : end]
-    if crc != zlib.crc32(content[:end]) or (len(payload), zlib.crc32(payload)) != header[8:10] or len(payload) % 4:
-        raise damaged
-    # On purpose, with right checksums: no level takes less than nothing, so a file holds only so many images.
-    surest = math.log2(1 - (model.levels - 1) / 2**BITS)  # log p of a level, when every other has the weight of 1
-    least = class_bits(model) - model.dims * surest / 2  # bits an image; half, for what the range coder rounds
-    if not header.threads or not header.batch_size or header.images * least > 8 * len(payload) + 64:
+    checked = len(payload), zlib.crc32(payload)
+    if crc != zlib.crc32(content[:end]) or checked != (header.payload_bytes, header.payload_crc) or len(payload) % 4:
         raise damaged
     if header.weights != model_digest(model):
         raise UserError(f"{where}: written with another model; type its ckpt")
+    # The rest is of a stranger who can compute checksums. No image takes fewer bits than if every level but one had the
+    # least weight; half of that, for what the range coder rounds.
+    surest = math.log2(1 - (model.levels - 1) / 2**BITS)
+    least = class_bits(model) - model.dims * surest / 2
+    asked = (header.threads, header.batch_size)
+    if not all(1 <= n <= MOST for n in asked) or header.images * least > 8 * len(payload) + 64:
+        raise damaged
     if text.decode("ascii", "replace") != place(model.device):
         raise UserError(f"{where}: written on {text.decode('ascii', 'replace')}, here is {place(model.device)}")
     return header, payload
@@ -182,21 +191,14 @@ def weights(logits: Tensor) -> np.ndarray:
     return p.mul_(2**BITS - levels).floor_().add_(1).reshape(-1, levels).cpu().numpy()
 
 
-def _uniform(n: int, n_classes: int) -> np.ndarray:
-    return np.ones((n, n_classes))
-
-
-def _batches(images: Split, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(images.x.split(batch_size), images.y.split(batch_size), strict=True)) if len(images) else []
-
-
 def class_bits(model: DensityModel) -> float:
     """Of one image's class."""
     return math.log2(len(model.classes))
 
 
-def _bar(images: Split, what: str) -> tqdm:
-    return tqdm(total=images.x[:, 0].numel(), unit=" pixels", unit_scale=True, desc=what, disable=None, leave=False)
+def _bar(images: int, model: DensityModel, what: str) -> tqdm:
+    pixels = images * math.prod(model.image_shape[1:])
+    return tqdm(total=pixels, unit=" pixels", unit_scale=True, desc=what, disable=None, leave=False)
 
 
 def _walk(model: DensityModel, y: Tensor, canvas: Tensor, pick: Pick, threads: int, bar: tqdm) -> None:

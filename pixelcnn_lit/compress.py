@@ -12,7 +12,7 @@ from torch import Tensor
 from pixelcnn_lit.bayes import class_log_likelihoods
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.checkpoints import whole
-from pixelcnn_lit.codec import compress
+from pixelcnn_lit.codec import MOST, compress
 from pixelcnn_lit.command import command, shown
 from pixelcnn_lit.data.images import Split, channels_first
 from pixelcnn_lit.data.module import saved_or_given
@@ -30,16 +30,18 @@ def main(
     images: str,
     out: str,
     n_images: Annotated[int, Range(0)] | None,
-    batch_size: Annotated[int, Range(1, 65535)],
+    batch_size: Annotated[int, Range(1, MOST)],
     dataset: dict[str, Any],
 ) -> None:
+    if Path(out).is_dir():
+        raise UserError(f"out={out}: is a folder; type the name of a file")
     model = load(ckpt).to(best_device())
-    if images in SPLITS:
-        given = of_split(model, images, ckpt, dataset)[:n_images]
-    else:
-        given = of_file(model, images, n_images, batch_size)
-    done = compress(model, given, batch_size)
-    with whole(Path(out)) as file:
+    with whole(Path(out)) as file:  # which is tried before the work
+        if images in SPLITS:
+            given = of_split(model, images, ckpt, dataset)[:n_images]
+        else:
+            given = of_file(model, images, n_images, batch_size)
+        done = compress(model, given, batch_size)
         file.write(done.content)
     if len(given):
         print(report(model, given, len(done.content), done.model_bits, done.class_bits))
@@ -55,7 +57,7 @@ def of_split(model: DensityModel, split: str, ckpt: str, dataset: dict[str, Any]
 
 def of_file(model: DensityModel, path: str, n_images: int | None, batch_size: int) -> Split:
     """The first images of an npz or a folder; where they have no labels, those that make them likeliest."""
-    pixels, labels = read_folder(path, n_images) if Path(path).is_dir() else read_npz(path, n_images)
+    pixels, labels = read_folder(path, n_images, model.classes) if Path(path).is_dir() else read_npz(path, n_images)
     if tuple(pixels.shape[1:]) != model.image_shape:
         raise UserError(f"images={path}: {list(pixels.shape[1:])}, but the model is of {list(model.image_shape)}")
     if len(pixels) and int(pixels.max()) >= model.levels:
@@ -71,7 +73,8 @@ def of_file(model: DensityModel, path: str, n_images: int | None, batch_size: in
     return Split(pixels, labels)
 
 
-def read_folder(path: str, n_images: int | None) -> tuple[Tensor, None]:
+def read_folder(path: str, n_images: int | None, classes: list[int]) -> tuple[Tensor, Tensor | None]:
+    """PNGs, and as their labels the folders they are in, where all are named by a class, as `decompress` names them."""
     files = sorted(Path(path).rglob("*.png"))[:n_images]
     if not files:
         raise UserError(f"images={path}: no *.png in it, or n_images=0; type another folder")
@@ -82,7 +85,9 @@ def read_folder(path: str, n_images: int | None) -> tuple[Tensor, None]:
     x = [read_png(file) for file in files]
     if len({image.shape for image in x}) > 1:
         raise UserError(f"images={path}: of different sizes; make them one size")
-    return torch.stack(x), None
+    folders = [file.parent.name for file in files]
+    labelled = set(folders) <= set(map(str, classes))
+    return torch.stack(x), torch.tensor([int(name) for name in folders]) if labelled else None
 
 
 def read_npz(path: str, n_images: int | None) -> tuple[Tensor, Tensor | None]:
@@ -93,8 +98,9 @@ def read_npz(path: str, n_images: int | None) -> tuple[Tensor, Tensor | None]:
             x, y = content["images"], content.get("labels")
     except Exception as error:  # zip and numpy name their troubles in a dozen classes
         raise UserError(f"images={path}: no npz with `images` and perhaps `labels` ({first_line(error)})") from error
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (y is not None and y.shape != x.shape[:1]):
-        raise UserError(f"images={path}: `images` must be uint8 [N,H,W] or [N,H,W,C], `labels` [N]")
+    labels = y is None or (y.shape == x.shape[:1] and y.dtype.kind in "iu")
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or not labels:
+        raise UserError(f"images={path}: `images` must be uint8 [N,H,W] or [N,H,W,C], `labels` integers [N]")
     return channels_first(torch.from_numpy(x[:n_images])), None if y is None else torch.from_numpy(y[:n_images]).long()
 
 

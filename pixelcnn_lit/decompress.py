@@ -18,8 +18,8 @@ def main(ckpt: str, file: str, out: str) -> None:
     model = load(ckpt).to(best_device())
     if not Path(file).is_file():
         raise UserError(f"file={file}: no such file")
-    if not out.endswith(".npz") and Path(out).is_dir() and any(Path(out).iterdir()):
-        raise UserError(f"out={out}: is not empty; type another folder, or a name that ends in .npz")
+    if not out.endswith(".npz") and Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
+        raise UserError(f"out={out}: is there already; type another folder, or a name that ends in .npz")
     images = decompress(model, Path(file).read_bytes(), f"file={file}")
     if out.endswith(".npz"):
         with whole(Path(out)) as target:

@@ -69,7 +69,7 @@ def explain(error: BaseException | None) -> str | None:
         case ValueError() if str(error).startswith("Config group override"):
             return "a choice cannot be null; leave it out with ~NAME, for example ~scheduler"
         case OutOfMemoryError():
-            return "the device ran out of memory; type a smaller dataset.batch_size, sampler.batch_size or model_size"
+            return "the device ran out of memory; type a smaller batch_size (of dataset or sampler) or model_size"
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{error.filename or 'the directory of the run'}: the disk is full; make room"
         case OSError() if error.filename:

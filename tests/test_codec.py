@@ -125,27 +125,42 @@ def test_a_file_of_another_model_version_or_place_is_refused(written):
             decompress(model, with_header(content, **wrong), "file=x")
 
 
-@pytest.mark.parametrize("wrong", [{"threads": 0}, {"batch_size": 0}, {"images": 2**32 - 1}], ids=str)
+CRAFTED = [{"threads": 0}, {"threads": 65535}, {"batch_size": 0}, {"batch_size": 65535}, {"images": 2**32 - 1}]
+
+
+@pytest.mark.parametrize("wrong", CRAFTED, ids=str)
 def test_a_crafted_header_is_refused_at_once(wrong, written):
     model, content = written
     with pytest.raises(UserError, match="damaged"):
         decompress(model, with_header(content, **wrong), "file=x")
 
 
-def test_a_crafted_header_of_a_model_without_classes_gets_no_memory():
+def test_a_crafted_header_of_a_model_without_classes_gets_no_memory(monkeypatch):
+    """Nothing bounds the number of images but that none is free; memory is asked for a batch at a time."""
     model = model_of("pixelcnn", "categorical", conditional=False)
     content = compress(model, images_of(model, 4), 4).content
     with pytest.raises(UserError, match="damaged"):
         decompress(model, with_header(content, images=2**32 - 1), "file=x")
+    asked = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **own: asked.append(size[0]) or zeros(*size, **own))
+    with pytest.raises(UserError, match="computes other"):
+        decompress(model, with_header(content, images=500), "file=x")
+    assert max(n for n in asked if isinstance(n, int)) < 500
 
 
-def test_images_that_cost_nothing_are_no_crafted_header():
-    """A model that is certain: 2,000 images in a few bytes."""
+def test_images_that_cost_nothing_come_back():
+    """A model that is certain: its images are more than bits."""
     model = model_of("pixelcnn", "categorical", conditional=False)
-    certain = 1000 * torch.nn.functional.one_hot(torch.tensor(0), 17)
+    certain = (1000.0 * torch.nn.functional.one_hot(torch.tensor(0), 17)).log_softmax(0)
     model.likelihood.channel_logits = lambda features, x, c: certain[:, None].expand(len(x), 17, features.shape[2])
-    images = Split(torch.zeros(2_000, *model.image_shape, dtype=torch.uint8), torch.full((2_000,), 3))
-    assert torch.equal(decompress(model, compress(model, images, 2_000).content, "file=x").x, images.x)
+    done = assert_comes_back(model, Split(zeros := torch.zeros(500, 1, 4, 5, dtype=torch.uint8), no_class(zeros)), 500)
+    assert done.model_bits == 0
+    assert Header(*HEADER.unpack_from(done.content, len(MAGIC))).payload_bytes * 8 < 500
+
+
+def no_class(x: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(x),), 3)
 
 
 def test_other_probabilities_end_in_one_line_wherever_they_show(monkeypatch):
@@ -187,15 +202,23 @@ def test_the_commands_write_and_read_npz_and_folders(tmp_path, capsys):
         assert "overhead" in said
         asked = [f"file={tmp_path}/a.plc", f"out={tmp_path}/b.npz", here]
         command(pixelcnn_lit.decompress.main, f"ckpt={ckpt}", *asked)
-        assert (np.load(tmp_path / "b.npz")["images"] == pixels).all()
+        back = np.load(tmp_path / "b.npz")
+        assert (back["images"] == pixels).all()
+        assert source != "a.npz" or (back["labels"] == images.y.numpy()).all()
     asked = [f"file={tmp_path}/a.plc", f"out={tmp_path}/folder", here]
     command(pixelcnn_lit.decompress.main, f"ckpt={ckpt}", *asked)
-    assert len(list((tmp_path / "folder").rglob("*.png"))) == 5
     asked = [f"images={tmp_path}/folder", f"out={tmp_path}/c.plc", here]
     command(pixelcnn_lit.compress.main, f"ckpt={ckpt}", *asked)
+    by_class = images.y.argsort(stable=True)
+    back = decompress(model, (tmp_path / "c.plc").read_bytes(), "file=c.plc")
+    assert torch.equal(back.x, images.x[by_class])  # folder after folder
+    assert torch.equal(back.y, images.y[by_class])
+    np.savez(tmp_path / "named.npz", images=pixels, labels=np.array(list("abcab")))
     for wrong, said in (
         (f"images={tmp_path}/nothing.npz", "no such file"),
         (f"images={ckpt}", "no npz with `images`"),
+        (f"images={tmp_path}/named.npz", "`labels` integers"),
+        (f"out={tmp_path}/folder", "is a folder"),
         ("n_images=-1", "n_images=-1: must be"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from test_laws import check_context, check_no_future, redraw
 
+from pixelcnn_lit.checkpoints import WEIGHTS
 from pixelcnn_lit.command import CONF
 from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.likelihoods import Categorical
@@ -20,15 +22,33 @@ EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 
 
 def commands(text: str) -> list[str]:
-    """Every `python -m pixelcnn_lit.X ...` in a text, X a Hydra main."""
+    """Every `python -m pixelcnn_lit.X ...` in a text, X a Hydra main, also where it is wrapped between backticks."""
+    text = re.sub(r"`[^`\n]+\n[^`\n]+`", lambda wrapped: wrapped[0].replace("\n", " "), text)
     return re.findall(r"python -m pixelcnn_lit\.(?!summarize)([^`\n#]+)", text)
 
 
-@pytest.mark.parametrize("command", commands(README) + [c for e in EXPERIMENTS for c in commands(e.read_text())])
+def jobs(overrides: list[str]) -> list[tuple[str, ...]]:
+    """What a command composes: one job, or those of a sweep."""
+    if "-m" not in overrides:
+        return [tuple(overrides)]
+    typed = [override.partition("=") for override in overrides if override != "-m"]
+    return list(product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in typed)))
+
+
+COMMANDS = [
+    *commands(README),
+    *commands((WEIGHTS / "README.md").read_text()),
+    *(command for experiment in EXPERIMENTS for command in commands(experiment.read_text())),
+    *(f"train {overrides}" for overrides in re.findall(r"^\| `(experiment=[^`]+)`", README, re.MULTILINE)),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_that_we_show_composes(command):
     name, *overrides = shlex.split(command)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        compose(name, [o for o in overrides if o != "-m" and not re.search(r"=[^\[]*,", o)])
+        for job in jobs(overrides):
+            compose(name, list(job))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

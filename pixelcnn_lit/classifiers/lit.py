@@ -76,7 +76,7 @@ class Classifier(L.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B,num_classes] of images uint8 [B,C,H,W]."""
-        return self.net(self.scaled(x))
+        return self.net.head(self.features(x))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         x, y = batch

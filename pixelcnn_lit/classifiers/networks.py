@@ -34,10 +34,6 @@ class CNN(nn.Module):
         )  # fmt: skip
         self.head = nn.Linear(84, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,C,H,W] -> [B,num_classes]."""
-        return self.head(self.body(x))
-
 
 class ConvBN(nn.Module):
     """Four stages of convolution, ReLU and BatchNorm, pooled between; a convolution over what is left, 4×4 of 32×32."""
@@ -51,10 +47,6 @@ class ConvBN(nn.Module):
             layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(b)]
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.head = nn.Linear(256 * pixels, num_classes)  # a convolution over all that is left, written as a product
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,C,H,W] -> [B,num_classes]."""
-        return self.head(self.body(x))
 
 
 def _left_of(image_shape: Shape) -> int:
@@ -80,10 +72,6 @@ class VGG(nn.Module):
             layers += [nn.MaxPool2d(2)]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * pixels, 256), nn.ReLU())
         self.head = nn.Linear(256, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,C,H,W] -> [B,num_classes]."""
-        return self.head(self.body(x))
 
 
 class ResNet(nn.Module):
@@ -114,10 +102,6 @@ class ResNet(nn.Module):
                 before = width << stage
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(before, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,C,H,W] -> [B,num_classes]."""
-        return self.head(self.body(x))
 
 
 class ResidualBlock(nn.Module):
@@ -186,7 +170,3 @@ class VGG16Transfer(nn.Module):
         """[B,1 or 3,H,W] -> [B,4096]."""
         rgb = x.expand(-1, 3, -1, -1)
         return self.hidden(self.convolutions(images.resize(rgb, [self.SIDE, self.SIDE], antialias=True)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,1 or 3,H,W] -> [B,num_classes]."""
-        return self.head(self.body(x))
