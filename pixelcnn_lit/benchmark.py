@@ -22,7 +22,7 @@ from pixelcnn_lit.fronts import fronts
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.models.layers import CausalConv2d
-from pixelcnn_lit.samplers import Conditioned, evaluating, fixed_point, picker, walk
+from pixelcnn_lit.samplers import Conditioned, Pick, evaluating, fixed_point, picker, walk
 
 NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
 PUBLISHED = "as published"
@@ -189,39 +189,26 @@ def dead_attention(counted: dict[Any, int], pixels: int) -> int:
 
 @torch.no_grad()
 def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
-    """Each sampler, and the codec, beside one forward pass over the same batch.
+    """Each sampler beside one forward pass over the same batch, and the codec, where the network can step.
 
     An evaluation is one of the whole image or a step.
     """
-    net, canvas, pixels = density.net, torch.zeros_like(x), x.shape[2] * x.shape[3]
-    target, half = (
-        Conditioned(network, density.likelihood, y, density.num_classes)
-        for network in (net, copy.deepcopy(net).bfloat16())
-    )
+    net, canvas, (height, width) = density.net, torch.zeros_like(x), x.shape[2:]
+    target = Conditioned(net, density.likelihood, y, density.num_classes)
     pick = picker(torch.rand(x.shape, dtype=torch.float64, device=target.noise_device))
-    some = min(NAIVE_PIXELS, pixels)
-    width = x.shape[3]
-    steps = sum(1 for _ in fronts(x.shape[2], width, getattr(net, "skew", width)))
-    evaluations = {"one forward": 1, "naive": pixels}
+    some = min(NAIVE_PIXELS, height * width)
     timed: Timed = {
         "one forward": lambda: net(x, y),
         "naive": lambda: walk(target, pick, canvas, stepwise=False, steps=some),
     }
+    evaluations = {"one forward": 1, "naive": height * width}
     if hasattr(net, "step"):
-        images = Split(x.cpu(), y.cpu())
-        file = compress(density, images, len(x)).content
-        stepping: Timed = {
-            "cached": lambda: walk(target, pick, canvas),
-            "cached, bf16": lambda: walk(half, pick, canvas),
-            "compress": lambda: compress(density, images, len(x)),
-            "decompress": lambda: decompress(density, file, "the benchmark's own file"),
-        }
-        timed |= stepping
-        evaluations |= dict.fromkeys(stepping, steps)
+        timed |= (stepping := stepwise(density, target, pick, x))
+        evaluations |= dict.fromkeys(stepping, sum(1 for _ in fronts(height, width, getattr(net, "skew", width))))
     timed["fixed_point"] = lambda: evaluations.update(fixed_point=fixed_point(target, pick, torch.zeros_like(x)))
-    with evaluating(net, half.net, density.likelihood), parametrize.cached():
+    with evaluating(net, density.likelihood), parametrize.cached():
         seconds = medians(timed, rounds)
-    seconds["naive"] *= pixels / some
+    seconds["naive"] *= height * width / some
     return {
         f"sampling, {name}": {
             "images/s": len(x) / seconds[name],
@@ -230,6 +217,19 @@ def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> d
             "evaluations": evaluations[name],
         }
         for name in timed
+    }
+
+
+def stepwise(density: DensityModel, target: Conditioned, pick: Pick, x: Tensor) -> Timed:
+    """What goes through images step by step: the cached sampler, and the codec."""
+    halved, images = copy.deepcopy(density.net).bfloat16().eval(), Split(x.cpu(), target.y.cpu())
+    half, canvas = Conditioned(halved, density.likelihood, target.y, density.num_classes), torch.zeros_like(x)
+    file = compress(density, images, len(x)).content
+    return {
+        "cached": lambda: walk(target, pick, canvas),
+        "cached, bf16": lambda: walk(half, pick, canvas),
+        "compress": lambda: compress(density, images, len(x)),
+        "decompress": lambda: decompress(density, file, "the benchmark's own file"),
     }
 
 

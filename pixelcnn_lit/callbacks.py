@@ -192,7 +192,8 @@ class EpochLine(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            where = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}"
+            last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+            where = f"epoch {trainer.current_epoch + 1}{last}, step {trainer.global_step}"
             print(f"{where}: {pl_module.epoch_line(self.loss.mean(), trainer.callback_metrics)}", flush=True)
 
 
