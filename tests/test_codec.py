@@ -56,6 +56,14 @@ def test_any_number_of_images(n):
     assert torch.equal(decompress(model, compress(model, images, 4).content, "file=x").x, images.x)
 
 
+def test_it_does_not_depend_on_the_training_mode(monkeypatch):
+    model = model_of("pixelcnn model.norm=batch", "categorical")
+    monkeypatch.delattr(type(model.net), "step")  # so that it is evaluated as a whole, where BatchNorm has modes
+    content = compress(model, images_of(model, 3), 3).content
+    assert compress(model.train(), images_of(model, 3), 3).content == content
+    assert model.training
+
+
 def test_a_file_is_as_small_as_the_model_says():
     """200 images drawn by nobody: some 16,000 bits a batch, of which the header is not counted."""
     model = model_of("pixelcnn", "categorical", (1, 8, 8))
