@@ -141,6 +141,8 @@ def test_images_are_scaled_by_the_statistics_of_the_training_images(judge, digit
         judge.features(digits.train.x)
     assert float(seen[0].mean()) == pytest.approx(0, abs=1e-5)
     assert float(seen[0].std(correction=0)) == pytest.approx(1, abs=1e-5)
+    with torch.no_grad():
+        assert torch.equal(judge(digits.test.x), judge.net.head(judge.features(digits.test.x)))
 
 
 def test_a_run_killed_and_gone_on_with_ends_like_one_never_killed(tmp_path):
