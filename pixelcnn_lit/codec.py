@@ -129,21 +129,21 @@ def decompress(model: DensityModel, content: bytes, where: str) -> Split:
         return levels.view(len(logits), -1).to(model.device, torch.uint8)
 
     differs = UserError(f"{where}: this machine computes other probabilities than the one that wrote it")
-    x, y = [], torch.zeros(0, dtype=torch.int64)
+    x, y, classes = [], [], torch.zeros(0, dtype=torch.int64)
     try:
         if len(model.classes) > 1 and header.images:
-            y = torch.from_numpy(decoder.decode(stream.model.Uniform(len(model.classes)), header.images)).long()
+            classes = torch.from_numpy(decoder.decode(stream.model.Uniform(len(model.classes)), header.images)).long()
         with _bar(header.images, model, "decompressing") as bar:
             for first in range(0, header.images, header.batch_size):  # no more memory than what has been read
                 n = min(header.batch_size, header.images - first)
-                labels = y[first : first + n] if len(model.classes) > 1 else torch.full((n,), model.classes[0])
+                y.append(classes[first : first + n] if len(classes) else torch.full((n,), model.classes[0]))
                 canvas = torch.zeros(n, *model.image_shape, dtype=torch.uint8, device=model.device)
-                _walk(model, labels, canvas, pick, header.threads, bar)
+                _walk(model, y[-1], canvas, pick, header.threads, bar)
                 x.append(canvas.cpu())
     except AssertionError:  # constriction's, of bits that nothing could have written under such probabilities
         raise differs from None
-    everything = torch.cat([torch.zeros(0, *model.image_shape, dtype=torch.uint8), *x])
-    images = Split(everything, y if len(model.classes) > 1 else torch.full((header.images,), model.classes[0]))
+    none = torch.zeros(0, *model.image_shape, dtype=torch.uint8)
+    images = Split(torch.cat([none, *x]), torch.cat([classes[:0], *y]))
     if images_digest(images) != header.digest:
         raise differs
     return images
