@@ -155,6 +155,15 @@ def rebuild(path: str, kind: Any, **changed: Any) -> Any:
     return model.eval()
 
 
+def require_same(path: str, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Raise UserError unless the settings saved in checkpoint `path` are those at present, as far as given."""
+    for key, value in present.items():
+        if saved.get(key) != value:
+            raise UserError(
+                f"ckpt={path}: its {key} is {saved.get(key)}, here it is {value}; type the same, or another ckpt"
+            )
+
+
 def _read_archive(path: str) -> Any:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type for entry in archive.infolist()):

@@ -13,7 +13,7 @@ from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.images import quantise
 from pixelcnn_lit.data.module import saved_or_given
 from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import DensityModel, bits, load, require_same
+from pixelcnn_lit.lit import DensityModel, bits, load
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.pictures import grid, read_png, save
 from pixelcnn_lit.samplers import require_known
@@ -92,9 +92,7 @@ def conditional_bpd(model: DensityModel, x: Tensor, y: list[int], known: Tensor)
 
 
 def test_images(ckpt: str, model: DensityModel, dataset: dict[str, Any], n: int) -> tuple[Tensor, list[int]]:
-    data = saved_or_given(model.hparams["dataset"], dataset)
-    data.setup()
-    require_same(ckpt, dict(model.hparams), data.facts)
+    data = saved_or_given(ckpt, dict(model.hparams), dataset)
     first = data.test[:n]
     return first.x, (
         first.y.tolist() if model.hparams["model"].get("conditional", True) else model.classes * len(first)

@@ -17,7 +17,7 @@ from pixelcnn_lit.command import command, shown
 from pixelcnn_lit.data.images import Split, channels_first
 from pixelcnn_lit.data.module import saved_or_given
 from pixelcnn_lit.errors import UserError, first_line
-from pixelcnn_lit.lit import DensityModel, load, require_same
+from pixelcnn_lit.lit import DensityModel, load
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.pictures import as_it_is, read_png
 
@@ -49,9 +49,7 @@ def main(
 
 
 def of_split(model: DensityModel, split: str, ckpt: str, dataset: dict[str, Any]) -> Split:
-    data = saved_or_given(model.hparams["dataset"], dataset)
-    data.setup()
-    require_same(ckpt, dict(model.hparams), data.facts)
+    data = saved_or_given(ckpt, dict(model.hparams), dataset)
     return getattr(data, split)
 
 

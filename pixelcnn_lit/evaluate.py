@@ -20,7 +20,7 @@ from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.data.module import ImageData, image_data, plain_name, saved_or_given, uniform_bpd
 from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import DensityModel, bits, load, require_same
+from pixelcnn_lit.lit import DensityModel, bits, load
 from pixelcnn_lit.machine import best_device, make_trainer
 
 
@@ -37,9 +37,7 @@ def main(
     if (task == "novelty") != (beside is not None):
         raise UserError("task=novelty and dataset@beside=NAME go together; type both")
     model = load(ckpt)
-    data = saved_or_given(model.hparams["dataset"], dataset)
-    data.setup()
-    require_same(ckpt, dict(model.hparams), data.facts)
+    data = saved_or_given(ckpt, dict(model.hparams), dataset)
     data.test = chosen(getattr(data, split), n_images)  # so that Lightning asks for it, process by process
     head = {"label": data.label, "split": split, "images": len(data.test), "checkpoint": ckpt}
     if task == "bpd":
@@ -108,7 +106,7 @@ def novelty(model: DensityModel, data: ImageData, other: ImageData) -> dict[str,
 
 
 def given_each_class(model: DensityModel, data: ImageData, of: ImageData) -> Tensor:
-    if model.classes != list(range(model.num_classes)):
+    if not model.knows_classes:
         raise UserError("task: this model knows no classes; type task=bpd, or train one with model.conditional=true")
     return class_log_likelihoods(model, of.test.x, data.batch_size)
 

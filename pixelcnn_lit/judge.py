@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pixelcnn_lit.build import Range, inspect_config
-from pixelcnn_lit.checkpoints import write_text
+from pixelcnn_lit.checkpoints import require_same, write_text
 from pixelcnn_lit.classifiers.judging import Verdict, nearest, read, verdict
 from pixelcnn_lit.classifiers.lit import load_classifier
 from pixelcnn_lit.classifiers.pictures import show_confusion
 from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.module import ImageData, saved_or_given
 from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import load, require_same
+from pixelcnn_lit.lit import load
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.pictures import grid, save
 from pixelcnn_lit.samplers import refuse_steering
@@ -41,7 +41,7 @@ def main(
     dataset: dict[str, Any],
 ) -> None:
     model, judge = load(ckpt).to(best_device()), load_classifier(classifier_ckpt).to(best_device())
-    if model.classes != list(range(model.num_classes)):
+    if not model.knows_classes:
         raise UserError(f"ckpt={ckpt}: draws without classes, which a judge could not find again; type another")
     require_same(classifier_ckpt, dict(judge.hparams), {key: model.hparams[key] for key in ImageData.FACTS})
     points = {
@@ -53,9 +53,7 @@ def main(
         refuse_steering(model.num_classes, model.known_classes, point["guidance_scale"], point.get("mix_with"))
     if not points:
         raise UserError("temperatures and guidance_scales: type at least one number in each")
-    data = saved_or_given(model.hparams["dataset"], dataset)
-    data.setup()
-    require_same(ckpt, dict(model.hparams), data.facts)
+    data = saved_or_given(ckpt, dict(model.hparams), dataset)
 
     training = read(judge, data.train.x, batch_size)
     n = min(sampler["n_per_class"], int(torch.bincount(data.test.y).min()))

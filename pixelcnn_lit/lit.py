@@ -114,6 +114,11 @@ class DensityModel(L.LightningModule):
         return self.known_classes[: self.num_classes]
 
     @property
+    def knows_classes(self) -> bool:
+        """False of an unconditional model."""
+        return self.classes != [self.num_classes]
+
+    @property
     def known_classes(self) -> list[int]:
         """The classes it was trained on; `num_classes` ("no class") where the class was hidden from it at times."""
         if not self.hparams["model"].get("conditional", True):
@@ -191,12 +196,3 @@ class DensityModel(L.LightningModule):
 def load(path: str) -> DensityModel:
     """The density model of a .ckpt or .safetensors file: see `rebuild`."""
     return rebuild(path, DensityModel, compile=False)
-
-
-def require_same(path: str, saved: dict[str, Any], present: dict[str, Any]) -> None:
-    """Raise UserError unless the settings saved in checkpoint `path` are those at present, as far as given."""
-    for key, value in present.items():
-        if saved.get(key) != value:
-            raise UserError(
-                f"ckpt={path}: its {key} is {saved.get(key)}, here it is {value}; type the same, or another ckpt"
-            )

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import lightning as L
 
 from pixelcnn_lit.build import Range, check, resolve
+from pixelcnn_lit.checkpoints import require_same
 from pixelcnn_lit.data import images as once
 from pixelcnn_lit.data import loader as each
 from pixelcnn_lit.data.images import Images, Split
@@ -162,10 +163,16 @@ def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:
     return ImageData(partial(source, **arguments), seed=seed, **options)
 
 
-def saved_or_given(saved: dict[str, Any], given: dict[str, Any]) -> ImageData:
-    """The dataset of the checkpoint with what was typed changed in it, or another one altogether."""
+def saved_or_given(ckpt: str, saved: dict[str, Any], given: dict[str, Any]) -> ImageData:
+    """The dataset of a checkpoint, of whose settings `saved` are, with what was typed changed in it; or another one.
+
+    It is set up. Raises UserError unless its images are of the kind that the checkpoint's model knows.
+    """
     typed = {key: value for key, value in given.items() if value is not None}
-    return image_data(typed if "_target_" in typed else saved | typed)
+    data = image_data(typed if "_target_" in typed else saved["dataset"] | typed)
+    data.setup()
+    require_same(ckpt, saved, data.facts)
+    return data
 
 
 def uniform_bpd(levels: int) -> float:
