@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -20,11 +19,11 @@ class Muon(AdamW):
         M <- momentum M + (1 - momentum) G
         W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(rows, columns)) U V^T,
     where U S V^T = momentum M + (1 - momentum) G. A gradient is mostly a few directions; U V^T gives the others the
-    same weight, and at equal time the likelihood is better by it for every network here (README, Training speed).
-    Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks (kellerjordan.github.io/posts/muon). The
-    factor before U V^T, by which a step is as large as one of AdamW and both share lr and weight_decay: Liu et al. 2025,
-    Muon is Scalable for LLM Training (arXiv 2502.16982), section 2.2. What differs: embeddings, the first and the last
-    layer are matrices like all others, which made no difference on MNIST and needs no list of names.
+    same weight. Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks
+    (kellerjordan.github.io/posts/muon). The factor before U V^T, which makes a step as large as one of AdamW, so that
+    both share lr and weight_decay: Liu et al. 2025, Muon is Scalable for LLM Training (arXiv 2502.16982), section 2.2.
+    What differs: embeddings, the first and the last layer are matrices like all others, which made no difference on
+    MNIST and needs no list of names.
 
     Args:
         params: parameters as the network holds them; ValueError where none is a matrix, as when they are spread.
@@ -88,7 +87,8 @@ def orthogonal_factor(matrices: Tensor) -> Tensor:
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     wide = x.shape[1] <= x.shape[2]
-    x = F.normalize(x if wide else x.mT, dim=(1, 2))
+    x = x if wide else x.mT
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-12)  # no singular value is above 1
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x

@@ -16,7 +16,7 @@ COMMANDS = [path.stem for path in CONF.glob("*.yaml") if (ROOT / "pixelcnn_lit" 
 FLOORS = (
     ("errors", "noise", "pictures", "fronts"),
     ("build", "command", "checkpoints"),
-    ("data", "models.caches", "models.layers", "likelihoods", "schedulers", "averaging"),
+    ("data", "models.caches", "models.layers", "likelihoods", "muon", "schedulers", "averaging"),
     ("models",),
     ("samplers",),
     ("lit", "machine", "classifiers"),
