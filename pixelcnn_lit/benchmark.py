@@ -101,12 +101,12 @@ def training_step(
 
 
 def as_published(density: DensityModel) -> DensityModel:
-    """The published PixelCNN of the same size (BatchNorm, dense masked kernels, contiguous memory): the reference."""
+    """The published PixelCNN of the same size (BatchNorm, dense masked kernels, contiguous, Adam): the reference."""
     settings = dict(density.hparams)
     size = {key: settings["model"][key] for key in ("hidden_channels", "n_residual")}
     model = {"_target_": "pixelcnn_lit.models.pixelcnn.PixelCNN", "norm": "batch", **size}
-    published = DensityModel(**settings | {"model": model, "channels_last": False}).to(density.device)
-    return with_dense_kernels(published)
+    own = {"model": model, "optimizer": {"_target_": "torch.optim.adam.Adam"}, "channels_last": False}
+    return with_dense_kernels(DensityModel(**settings | own).to(density.device))
 
 
 def with_dense_kernels(density: DensityModel) -> DensityModel:
