@@ -99,7 +99,7 @@ def test_a_line_an_epoch_tells_its_own_figures(tmp_path, capsys):
 
 def test_tensorboard_has_scalars_pictures_and_hparams(run):
     events = EventAccumulator(str(run)).Reload()
-    expected = {"train/nll", "train/nll_step", "val/nll", "val/bpd", "test/bpd", "best/val_bpd", "lr-AdamW"}
+    expected = {"train/nll", "train/nll_step", "val/nll", "val/bpd", "test/bpd", "best/val_bpd", "lr-Muon"}
     assert expected <= set(events.Tags()["scalars"])
     assert set(events.Tags()["images"]) == {"real", "samples"}
     assert any(tag.startswith("_hparams_/") for tag in events.summary_metadata)
