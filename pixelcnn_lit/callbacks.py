@@ -150,7 +150,7 @@ class FiniteGuard(Callback):
         kept = f"the last good checkpoint is {shown(good)}" if good.is_file() else "no checkpoint was written before"
         raise UserError(
             f"{what} is not finite at epoch {trainer.current_epoch + 1}, step {step}, learning rate {rate:g}; {kept}; "
-            "type a smaller optimizer.lr or trainer.gradient_clip_val in a new run, or trainer.precision=32-true"
+            "type a smaller optimizer.lr in a new run, or trainer.precision=32-true"
         )
 
 

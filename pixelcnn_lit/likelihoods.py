@@ -76,7 +76,7 @@ class OrdinalRows(nn.Module):
     """A weight [V,width] with a row for each level, as free rows plus rows that are smooth functions of the level.
 
     weight = free + cosines @ smooth, cosines[v,k] = 8/k cos(pi k (v + 1/2) / V), k = 1 to 32 at most. At the start the
-    free rows are zero. An optimizer of Adam's kind moves every parameter by steps of one size, so a step along a slow
+    free rows are zero. Adam and Muon move every parameter by steps of about one size, so a step along a slow
     cosine moves all levels, and neighbours alike, by more than a step of their own rows; the free rows leave nothing
     out of reach. A parametrisation, as torch calls it: `parametrize.cached()` computes the sum only once.
     """

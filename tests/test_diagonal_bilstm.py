@@ -26,7 +26,7 @@ def test_a_layer_is_equation_3_written_as_a_loop_over_pixels():
     def states_from(side: int) -> dict[tuple[int, int], Tensor]:
         """Of the left LSTM for -1, of the right one for 1, by row and column."""
         of_this = slice(0, 4 * states) if side < 0 else slice(4 * states, None)
-        above, beside = layer.state_to_state.weight[of_this].unbind(-1)
+        above, beside = layer.state_to_state[side > 0].weight.unbind(-1)
         h, c, nothing = {}, {}, torch.zeros(2, states, dtype=torch.float64)
         for i in range(height):
             for j in range(width)[::-side]:

@@ -120,7 +120,8 @@ class DiagonalLayer(nn.Module):
         states = channels // 2
         self.norm = ChannelNorm(channels)
         self.input_to_state = nn.Conv2d(channels, 8 * states, 1)  # of the left LSTM, then of the right one
-        self.state_to_state = nn.Conv1d(2 * states, 8 * states, 2, groups=2, bias=False)  # taps: above, beside
+        taps = (nn.Conv1d(states, 4 * states, 2, bias=False) for _ in range(2))  # above and beside, of each LSTM
+        self.state_to_state = nn.ModuleList(taps)
         self.embed = ClassEmbedding(num_classes, 8 * states, conditional)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Conv2d(states, channels, 1, bias=False)
@@ -151,7 +152,7 @@ class DiagonalLayer(nn.Module):
 
     def matrix(self) -> Tensor:
         """State-to-state, of the left and the right LSTM: states beside and above -> gates, [2,2*states,4*states]."""
-        by_side = self.state_to_state.weight.unflatten(0, (2, -1))  # [2,4*states,states,2]
+        by_side = torch.stack([conv.weight for conv in self.state_to_state])  # [2,4*states,states,2]
         return by_side.flip(-1).permute(0, 3, 2, 1).flatten(1, 2)
 
 
