@@ -114,6 +114,7 @@ class DiagonalLayer(nn.Module):
     """
 
     recomputable = True
+    state_to_state: Any
 
     def __init__(self, channels: int, num_classes: int, conditional: bool, dropout: float) -> None:
         super().__init__()
