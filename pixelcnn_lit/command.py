@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from pixelcnn_lit.build import check
 from pixelcnn_lit.checkpoints import write_text
 from pixelcnn_lit.errors import explain
+from pixelcnn_lit.machine import keep_freed_memory
 
 _PACKAGE = Path(__file__).parent
 # In a wheel conf/ lies inside the package; in a checkout beside it.
@@ -115,6 +116,7 @@ def _run(function: Callable[..., None], debug: bool, cfg: DictConfig) -> None:
         )
         debug = settings.pop("debug", False) or debug
         check("", function, settings)
+        keep_freed_memory()
         with _alone():
             function(**settings)
     except Exception as error:

@@ -15,11 +15,11 @@ COMMANDS = [path.stem for path in CONF.glob("*.yaml") if (ROOT / "pixelcnn_lit" 
 # Lower floors know nothing of higher ones. A main stands on the roof: nobody imports it.
 FLOORS = (
     ("errors", "noise", "pictures", "fronts"),
-    ("build", "command", "checkpoints"),
+    ("build", "command", "checkpoints", "machine"),
     ("data", "models.caches", "models.layers", "likelihoods", "muon", "schedulers", "averaging"),
     ("models",),
     ("samplers",),
-    ("lit", "machine", "classifiers"),
+    ("lit", "classifiers"),
     ("bayes", "codec", "callbacks", "runs"),
     ("resume",),
     ("fitting",),
