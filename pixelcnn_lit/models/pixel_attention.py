@@ -4,7 +4,8 @@ Papers: Chen, Mishra, Rohaninejad, Abbeel 2018, PixelSNAIL (arXiv 1712.09763), s
     2017, Attention Is All You Need (arXiv 1706.03762), equation 1, for the attention.
 What differs: one token a pixel, in raster order, and a few attention layers between the residual blocks of `pixelcnn`
     in place of one in each; a position is known exactly, by an embedding a row and one a column; the pixel before in
-    raster order enters directly, since at the beginning of a row no convolution sees the end of the row above.
+    raster order enters directly, since at the beginning of a row no convolution sees the end of the row above; queries,
+    keys and values are half as wide as the network; after the last block, no pixel looks at another one.
 Receptive field: every earlier pixel, without a blind spot.
 Training-mode loss: a likelihood.
 """
@@ -21,9 +22,8 @@ from pixelcnn_lit.build import Range
 from pixelcnn_lit.models.caches import ImageRows, RowCache
 from pixelcnn_lit.models.layers import (
     CausalConv2d,
-    ChannelNorm,
     ClassEmbedding,
-    OutputStack,
+    PointwiseStack,
     PreNormBlock,
     scale,
 )
@@ -36,7 +36,8 @@ class PixelAttention(nn.Module):
         image_shape, num_classes, levels: facts of the data.
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width, and number of residual blocks of two 3×3 convolutions.
-        n_attention: attention layers, evenly spaced between the blocks. n_heads: of each; divides hidden_channels.
+        n_attention: attention layers, evenly spaced between the blocks.
+        n_heads: of each layer; divides its width, half of hidden_channels.
         conditional: false trains without the class.
         dropout: rate inside each block.
     """
@@ -59,18 +60,18 @@ class PixelAttention(nn.Module):
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,
     ) -> None:
         super().__init__()
-        if hidden_channels % n_heads:
-            raise ValueError(f"n_heads={n_heads}: must divide hidden_channels={hidden_channels}")
+        width = (hidden_channels + 1) // 2
+        if width % n_heads:
+            raise ValueError(f"n_heads={n_heads}: must divide {width}, half of hidden_channels={hidden_channels}")
         self.levels, self.image_size = levels, tuple(image_shape[1:])
-        height, width = self.image_size
         self.first = CausalConv2d(image_shape[0] + 1, hidden_channels, 7, "A")
         self.before = nn.Conv2d(image_shape[0] + 1, hidden_channels, 1, bias=False)
-        self.row, self.column = (nn.Parameter(0.1 * torch.randn(hidden_channels, side)) for side in (height, width))
+        self.row, self.column = (nn.Parameter(0.1 * torch.randn(hidden_channels, side)) for side in self.image_size)
         self.embed = ClassEmbedding(num_classes, hidden_channels, conditional)
         self.blocks = nn.ModuleList(PreNormBlock(hidden_channels, dropout) for _ in range(n_residual))
-        self.attention = nn.ModuleList(PixelSelfAttention(hidden_channels, n_heads) for _ in range(n_attention))
+        self.attention = nn.ModuleList(PixelSelfAttention(hidden_channels, width, n_heads) for _ in range(n_attention))
         self.attend_before = [n_residual * (a + 1) // (n_attention + 1) for a in range(n_attention)]
-        self.last = OutputStack(hidden_channels, out_channels, ChannelNorm(hidden_channels))
+        self.last = PointwiseStack(hidden_channels, out_channels)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
@@ -95,14 +96,14 @@ class PixelAttention(nn.Module):
     def init_cache(self, y: Tensor) -> dict[str, Any]:
         """All storage for stepping through images of the classes y [B]."""
         make = partial(RowCache, batch=len(y), width=self.image_size[1])
-        first, last = self.first.cache(make), self.last.init_cache(make)
+        first = self.first.cache(make)
         tokens = self.image_size[0] * self.image_size[1]
         blocks = {block: block.init_cache(make) for block in self.blocks}
         attention = {layer: layer.init_cache(len(y), tokens) for layer in self.attention}
         return {
-            "image": ImageRows(first, chain(*blocks.values(), last), self.levels),
+            "image": ImageRows(first, chain(*blocks.values()), self.levels),
             "layers": [(layer, (attention | blocks)[layer], layer in attention) for layer in self.layers()],
-            "last": last,
+            "last": self.last.init_cache(),
             "start": (self.embed(y) + self.positions()).flatten(2).permute(2, 0, 1).contiguous(),  # [HW,B,channels]
             "before": self.before.weight[..., 0, 0].T.contiguous(),
         }
@@ -119,7 +120,7 @@ class PixelAttention(nn.Module):
             h.addmm_(image.pixel, cache["before"])
         for layer, own, attends in cache["layers"]:
             h = layer.step(own, h, p if attends else j)
-        return self.last.step(cache["last"], h, j)
+        return self.last.step(cache["last"], h)
 
     def context(self, i: int, j: int) -> Tensor:
         """The earlier pixels, bool [H,W], that the features at row i, column j depend on: all."""
@@ -130,16 +131,16 @@ class PixelAttention(nn.Module):
 class PixelSelfAttention(nn.Module):
     """x + proj(softmax(q k^T / sqrt(d)) v) over the pixels up to and with its own; the identity at the start.
 
-    A pixel may attend to itself: its features know strictly earlier pixels alone.
+    A pixel may attend to itself: its features know strictly earlier pixels alone. q, k and v have `width` channels.
     """
 
     recomputable = True
 
-    def __init__(self, channels: int, n_heads: int) -> None:
+    def __init__(self, channels: int, width: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.norm = nn.LayerNorm(channels)
-        self.qkv, self.proj = nn.Linear(channels, 3 * channels, bias=False), nn.Linear(channels, channels)
+        self.qkv, self.proj = nn.Linear(channels, 3 * width, bias=False), nn.Linear(width, channels)
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
