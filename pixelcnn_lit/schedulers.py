@@ -2,9 +2,12 @@
 
 import inspect
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -17,18 +20,20 @@ def optimization(
 ) -> dict[str, Any]:
     """What a module's `configure_optimizers` returns, from the configs of optimizer and scheduler.
 
-    A scheduler that takes `total_steps` moves every step, any other every epoch; ReduceLROnPlateau reads `monitor`, and
-    moves when that has been validated.
+    A scheduler that takes `total_steps` moves every step, any other every epoch; one that takes `time_share` learns how
+    much of trainer.max_time is over; ReduceLROnPlateau reads `monitor`, and moves when that has been validated.
     """
     built: dict[str, Any] = {"optimizer": build("optimizer", optimizer, Optimizer, params=module.parameters())}
     if not scheduler:
         return built
     target = resolve(scheduler["_target_"], LRScheduler)
-    total, validated = "total_steps" in inspect.signature(target).parameters, target is ReduceLROnPlateau
-    facts = {"total_steps": _total_steps(module.trainer)} if total else {}
+    takes, validated = inspect.signature(target).parameters, target is ReduceLROnPlateau
+    facts: dict[str, Any] = {"total_steps": _total_steps(module.trainer)} if "total_steps" in takes else {}
+    if "time_share" in takes:
+        facts["time_share"] = partial(_time_share, module.trainer)
     built["lr_scheduler"] = {
         "scheduler": build("scheduler", scheduler, LRScheduler, optimizer=built["optimizer"], **facts),
-        "interval": "step" if total else "epoch",
+        "interval": "step" if "total_steps" in takes else "epoch",
         "frequency": (module.trainer.check_val_every_n_epoch or 1) if validated else 1,
         "monitor": monitor,
     }
@@ -42,24 +47,48 @@ def _total_steps(trainer: L.Trainer) -> int:
     return int(steps)
 
 
+def _time_share(trainer: L.Trainer) -> float:
+    """How much of trainer.max_time is over; 0 without one. Every process gets the first one's."""
+    for timer in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(timer, Timer):
+            elapsed = timer.time_elapsed()
+            return trainer.strategy.broadcast(elapsed / max(elapsed + (timer.time_remaining() or 0), 1e-9))
+    return 0.0
+
+
 class WarmupCosine(LambdaLR):
-    """From 1/25 of the optimizer's learning rate up to it along half a cosine, then down to zero along another.
+    """From 1/25 of the optimizer's learning rate up to it along half a cosine, later down to zero along another.
+
+    Where the time is up before the steps are, the learning rate follows the time. A long `hold` lets training run at
+    full pace for as long as it may: Hägele et al. 2024 (arXiv 2405.18392), section 3.
 
     The course of torch's OneCycleLR, which however divides by zero at 20 steps and cannot be extended: here
     `total_steps` is the present run's, not saved with it, so that a run that goes on follows the longer course.
 
     Args:
         total_steps: optimizer steps of the whole run.
-        warmup: share of them on the way up.
+        time_share: how much of the run's time is over, 0 to 1.
+        warmup: share of the run on the way up.
+        hold: share of the rest at the top.
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: Annotated[float, Range(0, 1)] = 0.05) -> None:
-        top = max(0.0, warmup * total_steps - 1)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        time_share: Callable[[], float] = lambda: 0.0,
+        warmup: Annotated[float, Range(0, 1)] = 0.05,
+        hold: Annotated[float, Range(0, 1)] = 0.0,
+    ) -> None:
+        last = total_steps - 1
+        up = max(0.0, warmup * total_steps - 1)
+        down = up + hold * (last - up)
 
         def factor(step: int) -> float:
-            if step < top:
-                return _half_cosine(1 / 25, 1, step / top)
-            return _half_cosine(1, 0, min(1.0, (step - top) / max(1.0, total_steps - 1 - top)))
+            at = max(step, time_share() * last)
+            if at < up:
+                return _half_cosine(1 / 25, 1, at / up)
+            return _half_cosine(1, 0, min(1.0, max(0.0, at - down) / max(1.0, last - down)))
 
         super().__init__(optimizer, factor)
 

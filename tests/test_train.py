@@ -444,12 +444,27 @@ def test_the_learning_rate_is_that_of_onecycle_where_that_is_defined():
     assert rates[0] == pytest.approx(rates[1], abs=1e-5)
 
 
+def test_the_learning_rate_follows_the_time_where_that_ends_first():
+    optimizer, share = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5), 0.0
+    scheduler = WarmupCosine(optimizer, 100_001, time_share=lambda: share, warmup=0.1, hold=0.5)
+    rates = {}
+    for share in (0.05, 0.11, 0.54, 0.775, 1.0, 1.1):  # up to 0.1, down from 0.55; a last step may end late
+        optimizer.step()
+        scheduler.step()
+        rates[share] = scheduler.get_last_lr()[0]
+    expected = {0.05: 0.26, 0.11: 0.5, 0.54: 0.5, 0.775: 0.25, 1.0: 0, 1.1: 0}
+    assert rates == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
-    race = ["experiment=mnist_race", "dataset=digits", "model_size=tiny", "trainer.max_time=00:00:00:01"]
-    command(monkeypatch, pixelcnn_lit.train.main, *race, f"run_dir={tmp_path}")
+    race = ["experiment=mnist_race", "dataset=digits", "model_size=tiny", "trainer.max_time=00:00:00:02"]
+    command(monkeypatch, pixelcnn_lit.train.main, *race, "trainer.log_every_n_steps=1", f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["val/images"] == result["test/images"] == 250
     assert result["epochs"] < 1000
+    rates = [event.value for event in EventAccumulator(str(tmp_path)).Reload().Scalars("lr-Muon")]
+    assert max(rates) == pytest.approx(5e-3)
+    assert rates[-1] < max(rates) / 2
 
 
 @pytest.mark.parametrize("recipe", ["mnist_gpu", "cifar10_10min", "cifar10_20min", "cifar10_best", "cifar10_24gb"])
