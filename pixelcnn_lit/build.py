@@ -84,9 +84,7 @@ def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], k
     hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in values.items():
-        if key not in parameters and open_ended:
-            continue
-        if key not in parameters:
+        if key in known or (key not in parameters and not open_ended):
             settings = [name for name in parameters if name not in known]
             raise UserError(f"{prefix}{key}: there is no such setting; {closest(key, settings)}")
         if not fits(value, hints.get(key, Any)):

@@ -65,7 +65,7 @@ def fast_bf16(accelerator: str) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep the memory of tensors that are gone, up to 2 GiB, for those that come.
+    """Let glibc's malloc keep the memory of tensors that are gone, those of up to 1 GiB, for those that come.
 
     It hands large blocks back to the kernel at once, and each step then pays for thousands of new pages. No other
     system's malloc has these settings, and none is touched there.
@@ -73,7 +73,7 @@ def keep_freed_memory() -> None:
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # all that an old glibc takes
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

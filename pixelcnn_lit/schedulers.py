@@ -42,27 +42,33 @@ def optimization(
 
 def _total_steps(trainer: L.Trainer) -> int:
     steps = trainer.estimated_stepping_batches
-    if steps == math.inf:
-        raise UserError("this scheduler must know where the run ends; type trainer.max_epochs or trainer.max_steps")
-    return int(steps)
+    if steps == math.inf and not _timers(trainer):
+        raise UserError(
+            "this scheduler must know where a run ends; type trainer.max_epochs, trainer.max_steps or trainer.max_time"
+        )
+    return int(min(steps, 10**9))  # a run that ends by the time alone never gets there
+
+
+def _timers(trainer: L.Trainer) -> list[tuple[float, float]]:
+    """Seconds over and seconds left by each clock that ends the run: that of trainer.max_time, if any."""
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    timers = [callback for callback in callbacks if isinstance(callback, Timer)]
+    return [(timer.time_elapsed(), left) for timer in timers if (left := timer.time_remaining()) is not None]
 
 
 def _time_share(trainer: L.Trainer) -> float:
     """How much of trainer.max_time is over; 0 without one. Every process gets the first one's."""
-    for timer in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(timer, Timer):
-            elapsed = timer.time_elapsed()
-            return trainer.strategy.broadcast(elapsed / max(elapsed + (timer.time_remaining() or 0), 1e-9))
-    return 0.0
+    shares = [over / max(over + left, 1e-9) for over, left in _timers(trainer)]
+    return trainer.strategy.broadcast(max(shares)) if shares else 0.0
 
 
 class WarmupCosine(LambdaLR):
     """From 1/25 of the optimizer's learning rate up to it along half a cosine, later down to zero along another.
 
-    Where the time is up before the steps are, the learning rate follows the time. A long `hold` lets training run at
-    full pace for as long as it may: Hägele et al. 2024 (arXiv 2405.18392), section 3.
+    A run is as far as its steps are, or its time, whichever is further. A `hold` keeps the full pace until it must end:
+    Hägele et al. 2024 (arXiv 2405.18392), section 3.
 
-    The course of torch's OneCycleLR, which however divides by zero at 20 steps and cannot be extended: here
+    Without one the course of torch's OneCycleLR, which however divides by zero at 20 steps and cannot be extended: here
     `total_steps` is the present run's, not saved with it, so that a run that goes on follows the longer course.
 
     Args:

@@ -26,11 +26,12 @@ def stems(group: str) -> list[str]:
 
 
 def variants() -> list[str]:
-    """Each network as its yaml has it, and once more for each norm that it offers."""
+    """Each network as its yaml has it, and once more for each norm that it offers, and with two heads."""
     found = []
     for name in stems("model"):
         config = OmegaConf.load(CONF / "model" / f"{name}.yaml")
-        found += [name] + ([f"{name} model.norm=batch"] if "norm" in config else [])
+        others = {"norm": "batch", "n_heads": 2}
+        found += [name] + [f"{name} model.{key}={value}" for key, value in others.items() if key in config]
     return found
 
 

@@ -37,7 +37,7 @@ class PixelAttention(nn.Module):
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width, and number of residual blocks of two 3×3 convolutions.
         n_attention: attention layers, evenly spaced between the blocks.
-        n_heads: of each layer; divides its width, half of hidden_channels.
+        n_heads: of each layer; divides its width, half of hidden_channels (rounded up).
         conditional: false trains without the class.
         dropout: rate inside each block.
     """
@@ -165,5 +165,5 @@ class PixelSelfAttention(nn.Module):
         return x.add_(self.proj(attended.flatten(1)))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """[B,n,3C] -> three of [B,heads,n,d]."""
+        """[B,n,3*width] -> three of [B,heads,n,d]."""
         return qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
