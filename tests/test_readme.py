@@ -32,7 +32,7 @@ def jobs(overrides: list[str]) -> list[tuple[str, ...]]:
     if "-m" not in overrides:
         return [tuple(overrides)]
     typed = [override.partition("=") for override in overrides if override != "-m"]
-    return list(product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in typed)))
+    return list(product(*([f"{key}{sign}{value}" for value in values.split(",")] for key, sign, values in typed)))
 
 
 COMMANDS = [
