@@ -467,6 +467,7 @@ def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
     command(monkeypatch, pixelcnn_lit.train.main, *race, "trainer.log_every_n_steps=1", f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["val/images"] == result["test/images"] == 250
+    assert result["epochs"] < 1000
     rates = [event.value for event in EventAccumulator(str(tmp_path)).Reload().Scalars("lr-Muon")]
     assert max(rates) == pytest.approx(5e-3)
     assert rates[-1] < max(rates) / 2
