@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
@@ -30,3 +31,8 @@ class EMA(WeightAveraging):
                     kept.copy_(current)  # a BatchNorm's count of batches
 
         super().__init__(multi_avg_fn=average)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep the average where the model will be. It is still on the CPU, where Lightning would leave the average."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.checkpoints import write_text
-from pixelcnn_lit.codec import compress, decompress
+from pixelcnn_lit.codec import MOST, compress, decompress
 from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.fronts import fronts
@@ -37,7 +37,7 @@ def main(
     optimizer: dict[str, Any],
     image_shape: tuple[Size, Size, Size],
     levels: Annotated[int, Range(2, 256)],
-    batch_size: Annotated[int, Range(1)],
+    batch_size: Annotated[int, Range(1, MOST)],
     rounds: Annotated[int, Range(1)],
     compile: bool,
 ) -> None:

@@ -88,7 +88,7 @@ class OrdinalRows(nn.Module):
         self.cosines = 8 / k * angles.cos()
 
     def forward(self, free: Tensor, smooth: Tensor) -> Tensor:
-        return free + self.cosines @ smooth
+        return free + self.cosines.to(smooth) @ smooth  # FSDP casts parameters, and moves nothing else
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Where training starts: no free rows, and smooth ones as large as those of `weight`."""

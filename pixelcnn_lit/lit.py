@@ -137,11 +137,11 @@ class DensityModel(L.LightningModule):
         self.log("train/nll_step", nll, prog_bar=True)
         return nll
 
-    @staticmethod
-    def epoch_line(loss: float, figures: dict[str, Tensor]) -> str:
+    def epoch_line(self, loss: float, figures: dict[str, Tensor]) -> str:
         """What an epoch has brought, from its mean loss and the last scores."""
+        marked = "" if self.net.train_is_likelihood else " (no likelihood)"
         scored = f", val {figures['val/bpd']:.4f}" if "val/bpd" in figures else ""
-        return f"train {bits(loss):.4f}{scored} bpd"
+        return f"train {bits(loss):.4f}{marked}{scored} bpd"
 
     @staticmethod
     def best_figure(score: float) -> dict[str, float]:

@@ -30,9 +30,6 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
     check("trainer", L.Trainer, settings)
     if settings.get("accumulate_grad_batches", 1) < 1:
         raise UserError("trainer.accumulate_grad_batches=0: must be a whole number >= 1")
-    if settings.get("strategy") == "ddp":
-        # Validation runs through the wrapper; its broadcast of buffers waits for ever for ranks without a batch left.
-        settings["strategy"] = DDPStrategy(broadcast_buffers=False)
     # Lightning's own tips and notes bury the result.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Our loaders stride over the ranks themselves; gathering whole batches needs few workers.
@@ -43,9 +40,13 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # as it is when a run goes on
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # see resume.LastCheckpoint
     try:
-        return L.Trainer(**settings, **own)
+        trainer = L.Trainer(**settings, **own)
     except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())} (trainer=auto fits any machine)") from error
+    if isinstance(trainer.strategy, DDPStrategy):
+        # Validation runs through the wrapper; its broadcast of buffers waits for ever for ranks without a batch left.
+        trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
+    return trainer
 
 
 def share_buffers(trainer: L.Trainer, net: nn.Module) -> None:

@@ -83,7 +83,9 @@ class LastCheckpoint(Checkpoint):
         self._safe = False
         if trainer.fit_loop._should_accumulate() or trainer.should_stop:
             return  # gradients are in no checkpoint; a run that stops by itself is saved with its last score
-        validation, stop, late = _validation_is_due(trainer), *self._agreed(trainer)
+        validation, stop, late = _validation_is_due(trainer), 0, False
+        if trainer.world_size == 1 or trainer.global_step % 10 == 0:  # agreeing takes time
+            stop, late = self._agreed(trainer)
         if batch_idx + 1 == trainer.num_training_batches and not validation:
             self._owed = True  # schedulers are still to be stepped
             return
@@ -102,11 +104,14 @@ class LastCheckpoint(Checkpoint):
         late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
         if trainer.world_size == 1:
             return self._asked, late
-        if trainer.global_step % 10:  # agreeing takes time
-            return 0, False
         answers = torch.tensor([self._asked, int(late)], device=trainer.strategy.root_device)
         asked, late = trainer.strategy.reduce(answers, reduce_op="max").tolist()  # pyright: ignore
         return asked, bool(late)
+
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        asked, _ = self._agreed(trainer)
+        if asked:
+            raise Stopped(asked)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         if self._asked and self._safe and trainer.world_size == 1:
@@ -122,12 +127,10 @@ class LastCheckpoint(Checkpoint):
         loop._restarting = True  # so it does not do so again
         if (self._owed or trainer.should_stop) and not validation:
             self._save(trainer)
-            if self._asked:
-                raise Stopped(self._asked)
+            self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._asked:
-            raise Stopped(self._asked)  # the test is still to come
+        self._stop_if_asked(trainer)  # the test is still to come
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write the loops' progress in one way, whichever hook saves: this batch is done, its validation is not."""

@@ -101,8 +101,9 @@ def saved_settings(directory: Path, typed: Sequence[str]) -> dict[str, Any]:
             f"{path}: damaged or not of this program ({first_line(error)}); it holds the settings"
         ) from error
     for name, callback in saved["callbacks"].items():
-        if isinstance(callback, dict) and (callback.get("dirpath") or "/" in str(callback.get("filename"))):
-            raise UserError(f"{path}: callbacks.{name} would write elsewhere; remove its dirpath and filename")
+        for key, value in callback.items() if isinstance(callback, dict) else ():
+            if value and ("path" in key or "dir" in key or (key == "filename" and "/" in str(value))):
+                raise UserError(f"{path}: callbacks.{name} would write elsewhere; remove its {key}")
     if typed:
         _take_over(saved, before, _composed([*saved["overrides"], *typed]))
         saved["overrides"] += [override for override in typed if override not in saved["overrides"]]

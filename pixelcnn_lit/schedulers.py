@@ -86,12 +86,15 @@ class WarmupCosine(LambdaLR):
         warmup: Annotated[float, Range(0, 1)] = 0.05,
         hold: Annotated[float, Range(0, 1)] = 0.0,
     ) -> None:
-        last = total_steps - 1
+        last, self.began = total_steps - 1, 0.0
         up = max(0.0, warmup * total_steps - 1)
         down = up + hold * (last - up)
 
         def factor(step: int) -> float:
-            at = max(step, time_share() * last)
+            share = time_share()
+            if step == 1:  # the first step may have taken long: it compiles the network
+                self.began = share
+            at = max(step, (share - self.began) / (1 - self.began) * last)
             if at < up:
                 return _half_cosine(1 / 25, 1, at / up)
             return _half_cosine(1, 0, min(1.0, max(0.0, at - down) / max(1.0, last - down)))

@@ -43,12 +43,13 @@ def train(
     beside = {"sampler": sampler, "callbacks": callbacks, "overrides": overrides}
     fitter, checkpoint, stopwatch, extras = fit(directory, start, density, data, compared, beside)
     best = load(checkpoint)
+    n_params = sum(p.numel() for p in best.parameters())  # counted before FSDP spreads them over the cards
     fitter.test(best, data, verbose=False)
     if fitter.is_global_zero:
-        result = summary(fitter, checkpoint, best, data, stopwatch) | {"overrides": overrides}
-        result["seconds"] = stopwatch.all_seconds
+        result = summary(fitter, checkpoint, best, data, stopwatch)
+        result |= {"n_params": n_params, "overrides": overrides, "seconds": stopwatch.all_seconds}
         write_text(directory / "result.json", json.dumps(result, indent=2))
-        grids = [callback.draw(fitter, best) for callback in extras if isinstance(callback, SampleGrid)]
+        grids = [callback.draw(fitter, load(checkpoint)) for callback in extras if isinstance(callback, SampleGrid)]
         print(closing_lines(result, directory, grids))
 
 
@@ -66,7 +67,6 @@ def summary(
         "test/images": best.images_scored,
         "test/bpd_per_class": dict(zip(data.class_names, per_class, strict=True)),
         "uniform_bpd": uniform_bpd(data.levels),
-        "n_params": sum(p.numel() for p in best.parameters()),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "images_per_second": stopwatch.images_per_second,

@@ -1,5 +1,8 @@
 """The average of the weights."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
@@ -41,6 +44,17 @@ def test_it_is_the_weighted_sum_it_says(n_steps, decay):
     average = average_of(n_steps, decay)
     assert average["weight"].item() == pytest.approx(total, rel=1e-6)
     assert average["count"] == n_steps - 1
+
+
+def test_it_lies_where_the_model_will_be():
+    """Lightning moves the model after the callbacks are set up: an average that stayed behind is copied every step."""
+    module, ema = Steps(), EMA()
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    ema.setup(trainer, module, "fit")
+    average = ema._average_model
+    assert average is not None
+    assert average.module.weight.is_meta
+    assert not module.weight.is_meta
 
 
 def test_it_looks_back_a_tenth_of_a_run_or_as_far_as_its_decay_says():

@@ -10,6 +10,7 @@ from typing import Annotated
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import pixelcnn_lit.evaluate
 import pixelcnn_lit.sample
@@ -259,6 +260,17 @@ def test_settings_of_a_stranger_run_nothing(run, copy):
         code, err = run("train", f"run_dir={directory}", "ckpt=last")
         assert code == 1
         assert f"_target_={bad}: not a Callback" in err
+
+
+@pytest.mark.parametrize("key", ["dirpath", "exclude_batches_path", "save_dir", "filename"])
+def test_settings_of_a_stranger_write_nothing_elsewhere(run, copy, tmp_path, key):
+    directory = Path(copy).parent.parent
+    settings = OmegaConf.load(directory / "config.yaml")
+    settings.callbacks.last[key] = f"{tmp_path}/elsewhere"
+    OmegaConf.save(settings, directory / "config.yaml")
+    code, err = run("train", f"run_dir={directory}", "ckpt=last")
+    assert code == 1
+    assert f"callbacks.last would write elsewhere; remove its {key}" in err
 
 
 @pytest.mark.parametrize("content", [{"lr": 1}, torch.zeros(3), [], {"hyper_parameters": {"lr": 1}, "state_dict": {}}])

@@ -97,6 +97,12 @@ def test_ordinal_rows_start_as_large_as_free_ones_and_smooth(levels):
     assert levels == 2 or start.diff(dim=0).std() < 0.7 * start.std()
 
 
+def test_ordinal_rows_follow_weights_that_are_cast_alone():
+    """As FSDP casts them."""
+    free, smooth = torch.randn(17, 4).bfloat16(), torch.randn(16, 4).bfloat16()
+    assert OrdinalRows(17)(free, smooth).dtype == torch.bfloat16
+
+
 def test_without_ordinal_or_colour_logits_come_straight_from_the_network():
     for shape, colour in (((1, 4, 4), "autoregressive"), ((3, 4, 4), "independent")):
         inside = Categorical(shape, 17, colour)

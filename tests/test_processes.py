@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from pixelcnn_lit.checkpoints import read_checkpoint
+from pixelcnn_lit.machine import make_trainer
+from pixelcnn_lit.resume import LastCheckpoint, Stopped
 
 pytestmark = pytest.mark.slow
 DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
@@ -71,6 +75,23 @@ def test_law_8_two_processes_score_like_one(place, norm):
     assert alone["images"] == both["images"] == 9
     assert both["nll"] == pytest.approx(alone["nll"], abs=1e-9, rel=0)
     assert both["bpd_per_class"] == pytest.approx(alone["bpd_per_class"], abs=1e-9, rel=0)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true"])
+def test_no_process_waits_in_a_validation_for_one_without_a_batch(strategy):
+    """As a broadcast of buffers before each batch would."""
+    trainer: Any = make_trainer({"accelerator": "cpu", "devices": 2, "strategy": strategy})
+    assert trainer.strategy._ddp_kwargs["broadcast_buffers"] is False
+
+
+def test_a_stop_at_the_end_is_one_of_all_processes():
+    """Another one was asked, at a step at which they do not agree."""
+    strategy = SimpleNamespace(root_device="cpu", reduce=lambda answers, reduce_op: answers + torch.tensor([15, 0]))
+    trainer: Any = SimpleNamespace(world_size=2, global_step=13, strategy=strategy)
+    last = LastCheckpoint()
+    last._asked, last._saved_at = 0, time.monotonic()
+    with pytest.raises(Stopped):
+        last.on_train_end(trainer, None)
 
 
 def test_two_processes_that_are_stopped_go_on_to_the_same_end(place):
