@@ -14,7 +14,8 @@ class EMA(WeightAveraging):
     """An exponential moving average that never looks back further than about a tenth of the run.
 
     After n steps the weights that were are kept by  min(decay, n / (n + 9)).  An average of a fixed length would still
-    hold the weights of the start, when a run ends before it.
+    hold the weights of the start, when a run ends before it. Where the learning rate has fallen to zero at the end, the
+    weights themselves are better: callbacks=no_ema.
 
     Args:
         decay: at most. 0.999 looks back a thousand steps, once ten thousand have been made.
