@@ -94,7 +94,7 @@ class WarmupCosine(LambdaLR):
             share = time_share()
             if step == 1:  # the first step may have taken long: it compiles the network
                 self.began = share
-            at = max(step, (share - self.began) / (1 - self.began) * last)
+            at = max(step, (share - self.began) / max(1 - self.began, 1e-9) * last)
             if at < up:
                 return _half_cosine(1 / 25, 1, at / up)
             return _half_cosine(1, 0, min(1.0, max(0.0, at - down) / max(1.0, last - down)))

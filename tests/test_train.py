@@ -474,6 +474,15 @@ def test_a_first_step_that_takes_long_costs_no_warm_up():
     assert rates == pytest.approx({0.2: 0.02, 0.24: 0.26, 1.0: 0}, abs=1e-4)
 
 
+def test_a_first_step_may_take_all_the_time():
+    optimizer, share = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5), 0.0
+    scheduler = WarmupCosine(optimizer, 1000, time_share=lambda: share)
+    share = 1.0
+    optimizer.step()
+    scheduler.step()
+    assert 0 < scheduler.get_last_lr()[0] < 0.5
+
+
 def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
     race = ["experiment=mnist_race", "dataset=digits", "model_size=tiny", "trainer.max_time=00:00:00:04"]
     command(monkeypatch, pixelcnn_lit.train.main, *race, "trainer.log_every_n_steps=1", f"run_dir={tmp_path}")
