@@ -391,6 +391,7 @@ def test_sample_grids_do_not_disturb_training(tmp_path):
 
 def test_the_published_block_trains_and_says_that_its_training_loss_is_no_likelihood(tmp_path, capsys):
     one_run(tmp_path, "model.norm=batch", "optimizer=adam", "scheduler=plateau", "callbacks=no_ema")
+    assert not load(str(tmp_path / "checkpoints" / "last.ckpt")).net.train_is_likelihood
     assert re.search(r"train \d\.\d+ \(no likelihood\), val ", capsys.readouterr().out)
 
 
