@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelcnn_lit.fronts import Front
-from pixelcnn_lit.models.layers import scale_into
+from pixelcnn_lit.models.layers import LevelEmbedding
 
 
 class TapsCache:
@@ -129,16 +129,18 @@ class RowCache(TapsCache):
 class ImageRows:
     """What a network that goes pixel by pixel keeps of an image: the cache of its first convolution, and all others.
 
-    `pixel` [B,C+1] is the pixel before, as `scale` makes it.
+    `pixel` [B,channels] is the pixel before, as `read` makes it.
 
     Args:
         first: the cache. others: what else has a `reset` and a `new_row`.
-        levels: of the image.
+        read: of the network.
     """
 
-    def __init__(self, first: RowCache, others: Iterable[Any], levels: int) -> None:
-        self.first, self.all, self.levels = first, [first, *others], levels
-        self.pixel = first.inputs.new_ones(len(first.inputs), first.channels)
+    pixel: Tensor
+
+    def __init__(self, first: RowCache, others: Iterable[Any], read: LevelEmbedding) -> None:
+        self.first, self.all = first, [first, *others]
+        self.read = read.reader(like=first.inputs)
 
     def advance(self, previous: Tensor, i: int, j: int) -> None:
         """Take in `previous`, the pixel before (i, j), uint8 [B,C]. At (0, 0) there is none, and all is emptied."""
@@ -146,7 +148,7 @@ class ImageRows:
             for cache in self.all:
                 cache.reset()
         else:
-            scale_into(self.pixel[:, :-1], previous, self.levels)
+            self.pixel = self.read(previous)
             self.first.put(self.pixel, (j - 1) % len(self.first.places))
         if j == 0 and i > 0:
             for cache in self.all:
@@ -234,11 +236,12 @@ class ImageFronts:
 
     Args:
         first, others: the caches.
-        levels, width: of the image.
+        read: of the network. width: of the image.
     """
 
-    def __init__(self, first: FrontCache, others: Iterable[FrontCache], levels: int, width: int) -> None:
-        self.first, self.all, self.levels, self.width = first, [first, *others], levels, width
+    def __init__(self, first: FrontCache, others: Iterable[FrontCache], read: LevelEmbedding, width: int) -> None:
+        self.first, self.all, self.width = first, [first, *others], width
+        self.read = read.reader(like=first.inputs)
         self.front = Front(0, 0, 0)
 
     def advance(self, previous: Tensor, i: int, j: int) -> Front:
@@ -250,9 +253,7 @@ class ImageFronts:
             for cache in self.all:
                 cache.reset()
         else:
-            place = self.first.place(self.front)
-            scale_into(place[..., :-1], previous, self.levels)
-            place[..., -1:].fill_(1)
+            self.first.put(self.read(previous), self.front)
         self.front = Front.of(i, j, self.width, self.first.skew)
         if j == 0:
             for cache in self.all:

@@ -23,9 +23,9 @@ from pixelcnn_lit.models.layers import (
     CausalConv2d,
     ChannelNorm,
     ClassEmbedding,
+    LevelEmbedding,
     PointwiseStack,
     lstm,
-    scale,
 )
 
 
@@ -36,6 +36,7 @@ class DiagonalBiLSTM(nn.Module):
         image_shape, num_classes, levels: facts of the data.
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width of the stream, and number of BiLSTM layers.
+        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate of the states on their way into the stream.
     """
@@ -51,13 +52,15 @@ class DiagonalBiLSTM(nn.Module):
         out_channels: int,
         hidden_channels: Annotated[int, Range(2)],
         n_residual: Annotated[int, Range(1, 1000)],
+        level_channels: Annotated[int, Range(0)] = 0,
         conditional: bool = True,
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,
     ) -> None:
         super().__init__()
-        self.levels, self.image_size = levels, (image_shape[1], image_shape[2])
-        self.first = CausalConv2d(image_shape[0] + 1, hidden_channels, 7, "A")
-        self.before = nn.Conv2d(image_shape[0] + 1, hidden_channels, 1, bias=False)
+        self.image_size = (image_shape[1], image_shape[2])
+        self.read = LevelEmbedding(image_shape[0], levels, level_channels)
+        self.first = CausalConv2d(self.read.out_channels, hidden_channels, 7, "A")
+        self.before = nn.Conv2d(self.read.out_channels, hidden_channels, 1, bias=False)
         self.layers = nn.ModuleList(
             DiagonalLayer(hidden_channels, num_classes, conditional, dropout) for _ in range(n_residual)
         )
@@ -65,7 +68,7 @@ class DiagonalBiLSTM(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
-        pixels = scale(x, self.levels, like=self.first.weight)
+        pixels = self.read(x, like=self.first.weight)
         before = F.pad(pixels.flatten(2), (1, -1)).view_as(pixels)  # in raster order, over the ends of rows
         h = self.first(pixels) + self.before(before)
         for layer in self.layers:
@@ -77,7 +80,7 @@ class DiagonalBiLSTM(nn.Module):
         width = self.image_size[1]
         first, states = self.first.cache(partial(RowCache, batch=len(y), width=width)), States(self.layers, y, width)
         return {
-            "image": ImageRows(first, [states], self.levels),
+            "image": ImageRows(first, [states], self.read),
             "before": self.before.weight[..., 0, 0].T.contiguous(),
             "states": states,
             "last": self.last.init_cache(),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.models.caches import RowCache
-from pixelcnn_lit.models.layers import ChannelNorm, ClassEmbedding, PointwiseStack, scale, scale_into
+from pixelcnn_lit.models.layers import ChannelNorm, ClassEmbedding, LevelEmbedding, PointwiseStack
 
 
 class GatedPixelCNN(nn.Module):
@@ -31,6 +31,7 @@ class GatedPixelCNN(nn.Module):
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width of either stack, and number of layers after the first, which is 7×7.
         kernel_size: of these layers.
+        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate inside the horizontal branch of these layers.
     """
@@ -48,20 +49,22 @@ class GatedPixelCNN(nn.Module):
         hidden_channels: Annotated[int, Range(1)],
         n_residual: Annotated[int, Range(1, 1000)],
         kernel_size: Literal[3, 5, 7] = 5,
+        level_channels: Annotated[int, Range(0)] = 0,
         conditional: bool = True,
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,
     ) -> None:
         super().__init__()
-        self.levels, self.image_size = levels, tuple(image_shape[1:])
+        self.image_size = tuple(image_shape[1:])
+        self.read = LevelEmbedding(image_shape[0], levels, level_channels)
         classes = num_classes, conditional
-        self.layers = nn.ModuleList([GatedLayer(image_shape[0] + 1, hidden_channels, 7, "A", *classes)])
+        self.layers = nn.ModuleList([GatedLayer(self.read.out_channels, hidden_channels, 7, "A", *classes)])
         for _ in range(n_residual):
             self.layers.append(GatedLayer(hidden_channels, hidden_channels, kernel_size, "B", *classes, dropout))
         self.last = PointwiseStack(hidden_channels, out_channels)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
-        v = h = scale(x, self.levels, like=self.layers[0].out.weight)
+        v = h = self.read(x, like=self.layers[0].out.weight)
         for layer in self.layers:
             v, h = layer(v, h, y)
         return self.last(h)
@@ -71,12 +74,10 @@ class GatedPixelCNN(nn.Module):
         width = self.image_size[1]
         layers = [layer.init_cache(y, width) for layer in self.layers]
         image = layers[0].left
-        pixel = image.inputs.new_ones(len(y), image.inputs.shape[-1])
         return {
-            "pixel": pixel,
-            "scaled": pixel[:, :-1],
+            "read": self.read.reader(like=image.inputs),
             "image": image,
-            "row": image.inputs[:, image.side :][:, :width].permute(0, 3, 2, 1),  # [B,C+1,1,W]
+            "row": image.inputs[:, image.side :][:, :width].permute(0, 3, 2, 1),  # [B,channels,1,W]
             "layers": layers,
             "last": self.last.init_cache(),
         }
@@ -88,19 +89,17 @@ class GatedPixelCNN(nn.Module):
         cache["column"], an int64 tensor [1], is given, it is the column, and j tells only whether a row begins: then
         the vertical stack goes through the whole row, since all that it sees is known.
         """
-        image, column = cache["image"], cache.get("column", j)
+        image, column, h = cache["image"], cache.get("column", j), cache["read"](previous)
         if (i, j) == (0, 0):
             image.reset()
             for held in cache["layers"]:
                 held.rows.zero_()
         else:
-            scale_into(cache["scaled"], previous, self.levels)
-            image.put(cache["pixel"], (column - 1) % self.image_size[1])
+            image.put(h, (column - 1) % self.image_size[1])
         if j == 0:
             v = cache["row"]
             for layer, held in zip(self.layers, cache["layers"], strict=True):
                 v = layer.step_row(held, v)
-        h = cache["pixel"]
         for layer, held in zip(self.layers, cache["layers"], strict=True):
             h = layer.step(held, h, column)
         return self.last.step(cache["last"], h)

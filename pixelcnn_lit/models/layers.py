@@ -13,18 +13,41 @@ from torch.utils.checkpoint import checkpoint
 MakeCache = Callable[..., Any]  # (weight, bias, mask, and what stands before or after) -> a cache of `caches`
 
 
-def scale(x: Tensor, levels: int, like: Tensor) -> Tensor:
-    """Levels 0..V-1 to [-1, 1] in the dtype of `like`, with a channel of ones: [B,C,H,W] -> [B,C+1,H,W].
+class LevelEmbedding(nn.Module):
+    """What a network reads of an image: each level as a number and as a row of a table, and a channel of ones.
 
-    The ones tell the zeros of padding from mid-grey pixels. Never depends on the values in the batch.
+    The number is the level scaled to [-1, 1], never by the values in the batch. From the number alone a network learns
+    late to tell neighbouring levels apart, which may mean different things: where MNIST is white, 253 is followed by
+    253. The ones tell the zeros of padding from mid-grey pixels.
+
+    Args:
+        channels, levels: of the images.
+        width: of the table's rows, one a level and channel; 0 is the number alone, as published.
     """
-    scaled = x.to(like.dtype) * (2 / (levels - 1)) - 1
-    return torch.cat([scaled, torch.ones_like(scaled[:, :1])], dim=1)
 
+    offsets: Tensor
 
-def scale_into(values: Tensor, pixel: Tensor, levels: int) -> None:
-    """`scale` of pixels, uint8 [n,C], without its ones, into `values` [...,n,C]."""
-    values.copy_(pixel).mul_(2 / (levels - 1)).sub_(1)
+    def __init__(self, channels: int, levels: int, width: int) -> None:
+        super().__init__()
+        self.levels, self.out_channels = levels, channels * (1 + width) + 1
+        self.register_buffer("offsets", levels * torch.arange(channels), persistent=False)
+        self.table = nn.Embedding(channels * levels, width) if width else None
+
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        """uint8 [B,C,...] -> [B,out_channels,...] in the dtype of `like`. Channels come last in memory."""
+        return self.reader(like)(x)
+
+    def reader(self, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """`forward` with its rows at hand, for many small calls."""
+        numbers = torch.arange(self.levels, dtype=like.dtype, device=like.device) * (2 / (self.levels - 1)) - 1
+        rows = numbers.repeat(len(self.offsets))[:, None]
+        if self.table is not None:
+            rows = torch.cat([rows, self.table.weight.to(like.dtype)], dim=1)
+        return partial(self._look_up, rows)
+
+    def _look_up(self, rows: Tensor, x: Tensor) -> Tensor:
+        read = F.embedding(x.movedim(1, -1) + self.offsets, rows).flatten(-2)
+        return F.pad(read, (0, 1), value=1.0).movedim(-1, 1)
 
 
 class CausalConv2d(nn.Module):

@@ -23,9 +23,9 @@ from pixelcnn_lit.models.caches import ImageRows, RowCache
 from pixelcnn_lit.models.layers import (
     CausalConv2d,
     ClassEmbedding,
+    LevelEmbedding,
     PointwiseStack,
     PreNormBlock,
-    scale,
 )
 
 
@@ -38,6 +38,7 @@ class PixelAttention(nn.Module):
         hidden_channels, n_residual: width, and number of residual blocks of two 3×3 convolutions.
         n_attention: attention layers, evenly spaced between the blocks.
         n_heads: of each layer; divides its width, half of hidden_channels (rounded up).
+        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate inside each block.
     """
@@ -56,6 +57,7 @@ class PixelAttention(nn.Module):
         n_residual: Annotated[int, Range(1, 1000)],
         n_attention: Annotated[int, Range(1, 1000)] = 1,
         n_heads: Annotated[int, Range(1)] = 1,
+        level_channels: Annotated[int, Range(0)] = 0,
         conditional: bool = True,
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,
     ) -> None:
@@ -63,9 +65,10 @@ class PixelAttention(nn.Module):
         width = (hidden_channels + 1) // 2
         if width % n_heads:
             raise ValueError(f"n_heads={n_heads}: must divide {width}, half of hidden_channels={hidden_channels}")
-        self.levels, self.image_size = levels, tuple(image_shape[1:])
-        self.first = CausalConv2d(image_shape[0] + 1, hidden_channels, 7, "A")
-        self.before = nn.Conv2d(image_shape[0] + 1, hidden_channels, 1, bias=False)
+        self.image_size = tuple(image_shape[1:])
+        self.read = LevelEmbedding(image_shape[0], levels, level_channels)
+        self.first = CausalConv2d(self.read.out_channels, hidden_channels, 7, "A")
+        self.before = nn.Conv2d(self.read.out_channels, hidden_channels, 1, bias=False)
         self.row, self.column = (nn.Parameter(0.1 * torch.randn(hidden_channels, side)) for side in self.image_size)
         self.embed = ClassEmbedding(num_classes, hidden_channels, conditional)
         self.blocks = nn.ModuleList(PreNormBlock(hidden_channels, dropout) for _ in range(n_residual))
@@ -75,7 +78,7 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
-        pixels = scale(x, self.levels, like=self.row)
+        pixels = self.read(x, like=self.row)
         before = F.pad(pixels.flatten(2), (1, -1)).view_as(pixels)  # in raster order, over the ends of rows
         h = self.first(pixels) + self.before(before)
         h = h + (self.embed(y) + self.positions()).to(h.dtype)
@@ -101,7 +104,7 @@ class PixelAttention(nn.Module):
         blocks = {block: block.init_cache(make) for block in self.blocks}
         attention = {layer: layer.init_cache(len(y), tokens) for layer in self.attention}
         return {
-            "image": ImageRows(first, chain(*blocks.values()), self.levels),
+            "image": ImageRows(first, chain(*blocks.values()), self.read),
             "layers": [(layer, (attention | blocks)[layer], layer in attention) for layer in self.layers()],
             "last": self.last.init_cache(),
             "start": (self.embed(y) + self.positions()).flatten(2).permute(2, 0, 1).contiguous(),  # [HW,B,channels]

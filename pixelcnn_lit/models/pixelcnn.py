@@ -25,10 +25,10 @@ from pixelcnn_lit.models.layers import (
     CausalConv2d,
     ChannelNorm,
     ClassEmbedding,
+    LevelEmbedding,
     MakeCache,
     OutputStack,
     PreNormBlock,
-    scale,
 )
 
 
@@ -40,6 +40,7 @@ class PixelCNN(nn.Module):
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width, and number of residual blocks of two 3×3 convolutions.
         norm: "layer" (over channels at each pixel) or "batch" (the published block).
+        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate inside each block of `norm=layer`.
     """
@@ -56,13 +57,15 @@ class PixelCNN(nn.Module):
         hidden_channels: Annotated[int, Range(1)],
         n_residual: Annotated[int, Range(1, 1000)],
         norm: Literal["layer", "batch"] = "layer",
+        level_channels: Annotated[int, Range(0)] = 0,
         conditional: bool = True,
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,
     ) -> None:
         super().__init__()
-        self.levels, self.image_size = levels, (image_shape[1], image_shape[2])
+        self.image_size = (image_shape[1], image_shape[2])
         self.train_is_likelihood = norm != "batch"
-        self.first = CausalConv2d(image_shape[0] + 1, hidden_channels, 7, "A")
+        self.read = LevelEmbedding(image_shape[0], levels, level_channels)
+        self.first = CausalConv2d(self.read.out_channels, hidden_channels, 7, "A")
         self.embed = ClassEmbedding(num_classes, hidden_channels, conditional)
         self.blocks = nn.Sequential(
             *(
@@ -75,7 +78,7 @@ class PixelCNN(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
-        h = self.first(scale(x, self.levels, like=self.first.weight))
+        h = self.first(self.read(x, like=self.first.weight))
         h = h + self.embed(y).to(h.dtype)  # under bf16 autocast a float32 bias would make the whole stream float32
         return self.last(self.blocks(h))
 
@@ -85,7 +88,7 @@ class PixelCNN(nn.Module):
         first = self.first.cache(make)
         first.bias.unflatten(0, (-1, len(y))).add_(self.embed(y)[..., 0, 0])
         blocks, last = [block.init_cache(make) for block in self.blocks], self.last.init_cache(make)
-        image = ImageFronts(first, chain(*blocks, last), self.levels, self.image_size[1])
+        image = ImageFronts(first, chain(*blocks, last), self.read, self.image_size[1])
         return {"image": image, "blocks": blocks, "last": last}
 
     def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pixelcnn_lit.build import Range
 from pixelcnn_lit.models.caches import ImageRows, RowCache
-from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, scale
+from pixelcnn_lit.models.layers import CausalConv2d, ClassEmbedding, LevelEmbedding
 
 RESOLUTIONS = 3
 
@@ -38,6 +38,7 @@ class PixelCNNPP(nn.Module):
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width, and number of residual blocks of each stream, dealt to the up and the down
             pass at full, half and quarter resolution in turn: 6 is one block everywhere, 32 nearly the paper's 5 and 6.
+        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate inside each block.
     """
@@ -53,13 +54,15 @@ class PixelCNNPP(nn.Module):
         out_channels: int,
         hidden_channels: Annotated[int, Range(1)],
         n_residual: Annotated[int, Range(1, 1000)],
+        level_channels: Annotated[int, Range(0)] = 0,
         conditional: bool = True,
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,
     ) -> None:
         super().__init__()
-        self.levels, self.image_size = levels, tuple(image_shape[1:])
-        self.first_u = ShiftedConv2d(image_shape[0] + 1, hidden_channels, 7)
-        self.first_ul = CausalConv2d(image_shape[0] + 1, hidden_channels, 7, "A")
+        self.image_size = tuple(image_shape[1:])
+        self.read = LevelEmbedding(image_shape[0], levels, level_channels)
+        self.first_u = ShiftedConv2d(self.read.out_channels, hidden_channels, 7)
+        self.first_ul = CausalConv2d(self.read.out_channels, hidden_channels, 7, "A")
         body = None
         for r in reversed(range(RESOLUTIONS)):
             n_up, n_down = ((n_residual - 1 - k) // (2 * RESOLUTIONS) + 1 for k in (2 * r, 2 * r + 1))
@@ -69,7 +72,7 @@ class PixelCNNPP(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
-        pixels = scale(x, self.levels, like=self.out.weight)
+        pixels = self.read(x, like=self.out.weight)
         u = self.first_u(F.pad(pixels, (0, 0, 1, -1)))  # the image one row down: u[i] sees the rows before i
         _, ul = self.body(u, self.first_ul(pixels), y)
         return self.out(F.elu(ul))
@@ -79,7 +82,7 @@ class PixelCNNPP(nn.Module):
         first_ul = self.first_ul.cache(partial(RowCache, batch=len(y), width=self.image_size[1]))
         first_u = self.first_u.cache(len(y), self.image_size[1])
         return {
-            "image": ImageRows(first_ul, [first_u], self.levels),
+            "image": ImageRows(first_ul, [first_u], self.read),
             "first_u": first_u,
             "row_above": first_ul.inputs[:, first_ul.side : -first_ul.side, -2].transpose(1, 2)[:, :, None],
             "body": self.body.init_cache(y, self.image_size[1]),

@@ -24,10 +24,10 @@ from pixelcnn_lit.models.layers import (
     CausalConv2d,
     ChannelNorm,
     ClassEmbedding,
+    LevelEmbedding,
     MakeCache,
     PointwiseStack,
     lstm,
-    scale,
 )
 
 
@@ -38,6 +38,7 @@ class RowLSTM(nn.Module):
         image_shape, num_classes, levels: facts of the data.
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width of the stream, and number of LSTM layers.
+        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate of the states on their way into the stream.
     """
@@ -54,12 +55,14 @@ class RowLSTM(nn.Module):
         out_channels: int,
         hidden_channels: Annotated[int, Range(2)],
         n_residual: Annotated[int, Range(1, 1000)],
+        level_channels: Annotated[int, Range(0)] = 0,
         conditional: bool = True,
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,
     ) -> None:
         super().__init__()
-        self.levels, self.image_size = levels, (image_shape[1], image_shape[2])
-        self.first = CausalConv2d(image_shape[0] + 1, hidden_channels, 7, "A")
+        self.image_size = (image_shape[1], image_shape[2])
+        self.read = LevelEmbedding(image_shape[0], levels, level_channels)
+        self.first = CausalConv2d(self.read.out_channels, hidden_channels, 7, "A")
         self.layers = nn.ModuleList(
             RowLSTMLayer(hidden_channels, num_classes, conditional, dropout) for _ in range(n_residual)
         )
@@ -67,7 +70,7 @@ class RowLSTM(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
-        h = self.first(scale(x, self.levels, like=self.first.weight))
+        h = self.first(self.read(x, like=self.first.weight))
         for layer in self.layers:
             h = layer(h, y)
         return self.last(h)
@@ -77,7 +80,7 @@ class RowLSTM(nn.Module):
         make = partial(FrontCache, batch=len(y), image_size=self.image_size, skew=self.skew)
         first, layers = self.first.cache(make), [layer.init_cache(make, y) for layer in self.layers]
         return {
-            "image": ImageFronts(first, chain(*layers), self.levels, self.image_size[1]),
+            "image": ImageFronts(first, chain(*layers), self.read, self.image_size[1]),
             "layers": layers,
             "last": self.last.init_cache(),
         }
