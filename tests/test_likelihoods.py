@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from pixelcnn_lit.likelihoods import Categorical, LogisticMixture, OrdinalRows
+from pixelcnn_lit.likelihoods import Categorical, LogisticMixture
+from pixelcnn_lit.ordinal import OrdinalRows
 
 
 def sigmoid(z: float) -> float:

@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [path.stem for path in CONF.glob("*.yaml") if (ROOT / "pixelcnn_lit" / f"{path.stem}.py").is_file()]
 # Lower floors know nothing of higher ones. A main stands on the roof: nobody imports it.
 FLOORS = (
-    ("errors", "noise", "pictures", "fronts"),
+    ("errors", "noise", "pictures", "fronts", "ordinal"),
     ("build", "command", "checkpoints", "machine"),
     ("data", "models.caches", "models.layers", "likelihoods", "muon", "schedulers", "averaging"),
     ("models",),
@@ -77,6 +77,7 @@ def test_the_picture_in_the_readme_is_the_import_graph():
         "command",
         "noise",
         "fronts",
+        "ordinal",
         "pictures",
         "machine",
         "schedulers",
@@ -90,6 +91,7 @@ def test_the_baseline_is_the_published_one():
         for dataset in ("cifar10", "mnist"):
             cfg = compose("train", [f"experiment=baseline_{dataset}"])
             assert (cfg.model.hidden_channels, cfg.model.n_residual, cfg.model.norm) == (256, 15, "batch")
+            assert cfg.model.level_channels == 0
             assert cfg.likelihood.colour == "independent"
             assert cfg.optimizer._target_.endswith(".Adam")
             assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (3e-4, 1e-5)

@@ -8,7 +8,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+
+from pixelcnn_lit.ordinal import OrdinalRows
 
 MakeCache = Callable[..., Any]  # (weight, bias, mask, and what stands before or after) -> a cache of `caches`
 
@@ -17,21 +20,23 @@ class LevelEmbedding(nn.Module):
     """What a network reads of an image: each level as a number and as a row of a table, and a channel of ones.
 
     The number is the level scaled to [-1, 1], never by the values in the batch. From the number alone a network learns
-    late to tell neighbouring levels apart, which may mean different things: where MNIST is white, 253 is followed by
-    253. The ones tell the zeros of padding from mid-grey pixels.
+    late what a level is beside being a little more than the one before: where MNIST is white, 253 is followed by 253,
+    and 254 by 254. The tables are `OrdinalRows`, so that the levels of photographs remain neighbours. The ones tell the
+    zeros of padding from mid-grey pixels.
 
     Args:
         channels, levels: of the images.
-        width: of the table's rows, one a level and channel; 0 is the number alone, as published.
+        width: of the tables, one a channel; 0 is the number alone, as published.
     """
-
-    offsets: Tensor
 
     def __init__(self, channels: int, levels: int, width: int) -> None:
         super().__init__()
-        self.levels, self.out_channels = levels, channels * (1 + width) + 1
-        self.register_buffer("offsets", levels * torch.arange(channels), persistent=False)
-        self.table = nn.Embedding(channels * levels, width) if width else None
+        self.channels, self.levels, self.out_channels = channels, levels, channels * (1 + width) + 1
+        tables = [nn.Embedding(levels, width) for _ in range(channels if width else 0)]
+        for table in tables:
+            nn.init.normal_(table.weight, std=0.3)
+            parametrize.register_parametrization(table, "weight", OrdinalRows(levels))
+        self.tables: Any = nn.ModuleList(tables)
 
     def forward(self, x: Tensor, like: Tensor) -> Tensor:
         """uint8 [B,C,...] -> [B,out_channels,...] in the dtype of `like`. Channels come last in memory."""
@@ -39,15 +44,15 @@ class LevelEmbedding(nn.Module):
 
     def reader(self, like: Tensor) -> Callable[[Tensor], Tensor]:
         """`forward` with its rows at hand, for many small calls."""
-        numbers = torch.arange(self.levels, dtype=like.dtype, device=like.device) * (2 / (self.levels - 1)) - 1
-        rows = numbers.repeat(len(self.offsets))[:, None]
-        if self.table is not None:
-            rows = torch.cat([rows, self.table.weight.to(like.dtype)], dim=1)
-        return partial(self._look_up, rows)
+        numbers = torch.arange(self.levels, dtype=like.dtype, device=like.device)[:, None] * (2 / (self.levels - 1)) - 1
+        rows = [torch.cat([numbers, table.weight.to(like.dtype)], dim=1) for table in self.tables]
+        first = self.levels * torch.arange(self.channels, device=like.device)  # of each channel's rows
+        return partial(_look_up, torch.cat(rows or self.channels * [numbers]), first)
 
-    def _look_up(self, rows: Tensor, x: Tensor) -> Tensor:
-        read = F.embedding(x.movedim(1, -1) + self.offsets, rows).flatten(-2)
-        return F.pad(read, (0, 1), value=1.0).movedim(-1, 1)
+
+def _look_up(rows: Tensor, first: Tensor, x: Tensor) -> Tensor:
+    read = F.embedding(x.movedim(1, -1) + first, rows).flatten(-2)
+    return F.pad(read, (0, 1), value=1.0).movedim(-1, 1)
 
 
 class CausalConv2d(nn.Module):
