@@ -16,7 +16,7 @@ from pixelcnn_lit.build import build
 from pixelcnn_lit.command import CONF
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel, load
-from pixelcnn_lit.models.layers import CausalConv2d, recompute_blocks
+from pixelcnn_lit.models.layers import CausalConv2d, LevelEmbedding, recompute_blocks
 
 TOLERANCE = 1e-9
 
@@ -227,6 +227,22 @@ def test_scaling_never_looks_at_the_data(network):
     dark, y = torch.ones(1, 1, 4, 4, dtype=torch.uint8), torch.tensor([0])
     beside = net(torch.cat([dark, 255 * dark]), y.repeat(2))[:1]
     assert torch.allclose(net(dark, y), beside, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [0, 3])
+@torch.no_grad()
+def test_a_level_is_read_as_its_number_and_as_its_row_of_the_table_of_its_channel(width):
+    read, like = LevelEmbedding(2, 5, width), torch.zeros((), dtype=torch.float64)
+    x = torch.randint(5, (2, 2, 3, 4), dtype=torch.uint8)
+    channels = read(x, like)
+    assert channels.dtype == torch.float64
+    assert channels.shape == (2, read.out_channels, 3, 4)
+    assert (channels[:, -1] == 1).all()
+    for c, (number, *row) in enumerate(channels[:, :-1].unflatten(1, (2, -1)).movedim((1, 2), (0, 1))):
+        assert torch.allclose(number, x[:, c].double() / 2 - 1)
+        for k, column in enumerate(row):
+            assert torch.equal(column, read.tables[c].weight[x[:, c].long(), k].double())
+    assert torch.equal(read.reader(like)(x[..., 1, 2]), channels[..., 1, 2])
 
 
 @pytest.mark.parametrize("mask_type", ["A", "B"])
