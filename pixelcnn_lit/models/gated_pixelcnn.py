@@ -5,7 +5,7 @@ Paper: van den Oord, Kalchbrenner, Vinyals, Espeholt, Graves, Kavukcuoglu 2016, 
     layer of figure 2.
 What differs: a residual connection also around the gate of the vertical stack, with which 15 layers learned faster;
     a norm over channels before each horizontal convolution but the first; the 1×1 convolution that ends a horizontal
-    branch starts at zero; no skip connections; colour is left to the likelihood.
+    branch starts at zero; no skip connections; levels are read through a table, too; colour is left to the likelihood.
 Receptive field: all earlier pixels up to 3 + n_residual * (kernel_size // 2) rows above and columns to either side,
     without a blind spot, as `context` tells: at n_residual=5 and kernel_size=5 that is 13.
 Training-mode loss: a likelihood.

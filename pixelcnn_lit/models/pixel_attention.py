@@ -5,7 +5,8 @@ Papers: Chen, Mishra, Rohaninejad, Abbeel 2018, PixelSNAIL (arXiv 1712.09763), s
 What differs: one token a pixel, in raster order, and a few attention layers between the residual blocks of `pixelcnn`
     in place of one in each; a position is known exactly, by an embedding a row and one a column; the pixel before in
     raster order enters directly, since at the beginning of a row no convolution sees the end of the row above; queries,
-    keys and values are half as wide as the network; after the last block, no pixel looks at another one.
+    keys and values are half as wide as the network; after the last block, no pixel looks at another one; levels are
+    read through a table, too.
 Receptive field: every earlier pixel, without a blind spot.
 Training-mode loss: a likelihood.
 """

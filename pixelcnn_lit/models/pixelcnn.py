@@ -3,7 +3,8 @@
 Paper: van den Oord, Kalchbrenner, Kavukcuoglu 2016, Pixel Recurrent Neural Networks (arXiv 1601.06759), section 3.5.
 What differs: the class enters as a bias after the first layer (conditioning as in arXiv 1606.05328, equation 4);
     colour is left to the likelihood; blocks are full-width; by default a norm over channels stands before each
-    convolution and the second one starts at zero (`norm=layer`). `norm=batch` is the block of published code.
+    convolution and the second one starts at zero (`norm=layer`). `norm=batch` is the block of published code. Levels
+    are read through a table, too (`level_channels`), here as in the other networks.
 Receptive field: a triangle that widens by one pixel a row and layer; pixels to the upper right of it are never seen
     (the blind spot), as `context` tells.
 Training-mode loss: a likelihood under `norm=layer`; not under `norm=batch`, whose statistics come from whole images,

@@ -5,7 +5,8 @@ Paper: Salimans, Karpathy, Chen, Kingma 2017, PixelCNN++ (arXiv 1701.05517), sec
 What differs: the last convolution of each block and the upsampling start at zero, which trains at once and stands in
     for weight normalisation started from a batch of data; the first convolutions are 7 wide, not 3; what one
     resolution hands to the next finer one is added there to the end of the down pass, where the paper has a block
-    more; any number of blocks. The class enters as in the paper's own code, as a bias before each gate.
+    more; any number of blocks; levels are read through a table, too. The class enters as in the paper's own code, as a
+    bias before each gate.
 Receptive field: every earlier pixel of images up to 8×8, from n_residual=2 on. Of larger ones the far ends are missed
     of the own row and of the rows just above, which no coarser pixel covers yet: on 28×28 with n_residual=6 at most
     42 pixels of 783, on 32×32 with the paper's 32 at most 4. `context` tells.
