@@ -237,6 +237,7 @@ def test_a_level_is_read_as_its_number_and_as_its_row_of_the_table_of_its_channe
     channels = read(x, like)
     assert channels.dtype == torch.float64
     assert channels.shape == (2, read.out_channels, 3, 4)
+    assert channels.is_contiguous()  # channels last would make them so in all convolutions, channels_last=false or not
     assert (channels[:, -1] == 1).all()
     for c, (number, *row) in enumerate(channels[:, :-1].unflatten(1, (2, -1)).movedim((1, 2), (0, 1))):
         assert torch.allclose(number, x[:, c].double() / 2 - 1)

@@ -39,8 +39,8 @@ class LevelEmbedding(nn.Module):
         self.tables: Any = nn.ModuleList(tables)
 
     def forward(self, x: Tensor, like: Tensor) -> Tensor:
-        """uint8 [B,C,...] -> [B,out_channels,...] in the dtype of `like`. Channels come last in memory."""
-        return self.reader(like)(x)
+        """uint8 [B,C,...] -> [B,out_channels,...] in the dtype of `like`."""
+        return self.reader(like)(x).contiguous()  # it is the weights that decide how the network lies in memory
 
     def reader(self, like: Tensor) -> Callable[[Tensor], Tensor]:
         """`forward` with its rows at hand, for many small calls."""
