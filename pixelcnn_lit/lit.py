@@ -89,6 +89,8 @@ class DensityModel(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if image_shape[0] not in (1, 3):  # a stranger's file may ask for a table or a head for each of a billion
+            raise UserError(f"image_shape={image_shape}: must begin with 1 channel (grey) or 3 (RGB)")
         data = {"image_shape": tuple(image_shape), "levels": levels}
         self.likelihood: Any = build("likelihood", likelihood, nn.Module, **data)
         self.net: nn.Module = build(

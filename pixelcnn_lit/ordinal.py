@@ -11,9 +11,10 @@ class OrdinalRows(nn.Module):
     """A weight [V,width] with a row for each level, as free rows plus rows that are smooth functions of the level.
 
     weight = free + cosines @ smooth, cosines[v,k] = 8/k cos(pi k (v + 1/2) / V), k = 1 to 32 at most. At the start the
-    free rows are zero. Adam and Muon move every parameter by steps of about one size, so a step along a slow
-    cosine moves all levels, and neighbours alike, by more than a step of their own rows; the free rows leave nothing
-    out of reach. A parametrisation, as torch calls it: `parametrize.cached()` computes the sum only once.
+    free rows are zero. The steps of Adam and Muon have a size that does not depend on the gradient's, so a step along a
+    slow cosine moves all levels, and neighbours alike, by more than a step of their own rows; the free rows leave
+    nothing out of reach. A parametrisation, as torch calls it: `parametrize.cached()` computes the sum only once.
+    Under autocast it keeps the precision of the weights, so that training and scoring read the same rows.
     """
 
     def __init__(self, levels: int) -> None:
@@ -23,7 +24,8 @@ class OrdinalRows(nn.Module):
         self.cosines = 8 / k * angles.cos()
 
     def forward(self, free: Tensor, smooth: Tensor) -> Tensor:
-        return free + self.cosines.to(smooth) @ smooth  # FSDP casts parameters, and moves nothing else
+        with torch.autocast(smooth.device.type, enabled=False):
+            return free + self.cosines.to(smooth) @ smooth  # FSDP casts parameters, and moves nothing else
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Where training starts: no free rows, and smooth ones as large as those of `weight`."""

@@ -22,6 +22,7 @@ from pixelcnn_lit.bayes import class_log_likelihoods, marginal, posterior, score
 from pixelcnn_lit.build import build
 from pixelcnn_lit.classifiers.judging import Read, diversity, frechet_distance, kernel_distance, nearest, read, verdict
 from pixelcnn_lit.classifiers.lit import Classifier, load_classifier
+from pixelcnn_lit.classifiers.networks import ResidualBlock
 from pixelcnn_lit.command import CONF
 from pixelcnn_lit.data.module import image_data
 from pixelcnn_lit.errors import UserError
@@ -77,6 +78,19 @@ def test_each_network_reads_images_of_any_size(name, shape):
     features = net.body(torch.randn(2, *shape))
     assert features.ndim == 2
     assert net.head(features).shape == (2, 7)
+
+
+def test_the_gradients_of_a_narrow_residual_block_are_right():
+    """A strided 1×1 convolution of fewer than 8 channels gets others from oneDNN in torch 2.15, where AVX2 is all."""
+    torch.manual_seed(0)
+    block, x = ResidualBlock(4, 8, stride=2), torch.randn(16, 4, 28, 28)
+    gradients = []
+    for kind in (torch.float32, torch.float64):
+        block.to(kind, memory_format=torch.channels_last).zero_grad()
+        block(x.to(kind, memory_format=torch.channels_last)).square().sum().backward()
+        gradients.append([parameter.grad.double() for parameter in block.parameters()])
+    for single, double in zip(*gradients, strict=True):
+        assert (single - double).norm() < 1e-4 * double.norm() + 1e-2
 
 
 def test_the_published_sizes_are_those_of_cifar10():

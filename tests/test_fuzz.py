@@ -63,7 +63,12 @@ def fuzz(read, right, same, write) -> int:
 def model() -> DensityModel:
     torch.manual_seed(0)
     return DensityModel(
-        model={"_target_": "pixelcnn_lit.models.pixelcnn.PixelCNN", "hidden_channels": 8, "n_residual": 1},
+        model={
+            "_target_": "pixelcnn_lit.models.pixelcnn.PixelCNN",
+            "hidden_channels": 8,
+            "n_residual": 1,
+            "level_channels": 2,
+        },
         likelihood={"_target_": "pixelcnn_lit.likelihoods.Categorical"},
         image_shape=[1, 4, 4],
         num_classes=2,
@@ -164,8 +169,10 @@ def test_damaged_idx_files_are_refused_or_renewed_from_their_archive(small_mnist
     [
         (("model", "n_residual"), 10**9),
         (("model", "hidden_channels"), 10**9),
+        (("model", "level_channels"), 10**12),
         (("num_classes",), 10**12),
         (("image_shape",), [3, 10**6, 10**6]),
+        (("image_shape",), [10**9, 4, 4]),
         (("levels",), 10**9),
     ],
 )

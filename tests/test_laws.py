@@ -244,6 +244,8 @@ def test_a_level_is_read_as_its_number_and_as_its_row_of_the_table_of_its_channe
         for k, column in enumerate(row):
             assert torch.equal(column, read.tables[c].weight[x[:, c].long(), k].double())
     assert torch.equal(read.reader(like)(x[..., 1, 2]), channels[..., 1, 2])
+    with torch.autocast("cpu", torch.bfloat16):  # as in training, where the scores read the same rows without
+        assert torch.equal(read(x, like), channels)
 
 
 @pytest.mark.parametrize("mask_type", ["A", "B"])

@@ -103,6 +103,14 @@ def test_the_baseline_is_the_published_one():
             assert "ema" not in cfg.callbacks
 
 
+def test_the_published_recipe_of_the_race_has_nothing_of_ours():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["experiment=mnist_race_published"])
+    assert (cfg.model.norm, cfg.model.level_channels, cfg.model.dropout) == ("batch", 0, 0.0)
+    assert (cfg.likelihood.colour, cfg.likelihood.ordinal, cfg.get("scheduler")) == ("independent", False, None)
+    assert cfg.optimizer._target_.endswith(".Adam")
+
+
 def test_model_sizes_set_two_numbers_and_nothing_else():
     sizes = {path.stem: OmegaConf.load(path) for path in (CONF / "model_size").glob("*.yaml")}
     expected = {"tiny": (16, 2), "small": (64, 5), "base": (256, 15), "large": (384, 20)}

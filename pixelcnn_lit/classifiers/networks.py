@@ -117,7 +117,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        # Not a stride of the 1×1 convolution: oneDNN on AVX2 gets its gradient wrong where x has fewer than 8 channels.
+        # Not a stride of the 1×1 convolution: oneDNN on AVX2 gets its gradient wrong where x has fewer than 8 channels
+        # (torch 2.15; tests/test_classifiers.py compares it with float64).
         return F.relu(self.shortcut(x[..., :: self.stride, :: self.stride]) + h)
 
 

@@ -31,7 +31,7 @@ class GatedPixelCNN(nn.Module):
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width of either stack, and number of layers after the first, which is 7×7.
         kernel_size: of these layers.
-        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
+        level_channels: width of the tables that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate inside the horizontal branch of these layers.
     """
@@ -89,17 +89,18 @@ class GatedPixelCNN(nn.Module):
         cache["column"], an int64 tensor [1], is given, it is the column, and j tells only whether a row begins: then
         the vertical stack goes through the whole row, since all that it sees is known.
         """
-        image, column, h = cache["image"], cache.get("column", j), cache["read"](previous)
+        image, column = cache["image"], cache.get("column", j)
         if (i, j) == (0, 0):
             image.reset()
             for held in cache["layers"]:
                 held.rows.zero_()
         else:
-            image.put(h, (column - 1) % self.image_size[1])
+            image.put(cache["read"](previous), (column - 1) % self.image_size[1])
         if j == 0:
             v = cache["row"]
             for layer, held in zip(self.layers, cache["layers"], strict=True):
                 v = layer.step_row(held, v)
+        h: Any = None  # the first layer reads the image
         for layer, held in zip(self.layers, cache["layers"], strict=True):
             h = layer.step(held, h, column)
         return self.last.step(cache["last"], h)
@@ -183,9 +184,12 @@ class GatedLayer(nn.Module):
         return dv if self.is_first else v + dv
 
     def step(self, cache: "LayerCache", h: Tensor, j: int | Tensor) -> Tensor:
-        """The horizontal stack at column j of that row, without dropout: h [B,in] -> [B,channels], in place."""
+        """The horizontal stack at column j of that row, without dropout: h [B,in] -> [B,channels], in place.
+
+        The first layer does not read h: its input, the image, is in the cache already.
+        """
         left = cache.left
-        if not self.is_first:  # its input, the image, is there already
+        if not self.is_first:
             left.put_norm(h, j)
         above = cache.columns[j] if isinstance(j, int) else cache.above.index_select(0, j)[0]
         torch.addmm(above, left.window(j), left.matrix, out=cache.gates)

@@ -1,4 +1,4 @@
-"""The parts that networks share: causal convolutions, a norm that cannot leak, the class embedding."""
+"""The parts that networks share: how levels are read, causal convolutions, a norm that cannot leak, the class."""
 
 import math
 from collections.abc import Callable
@@ -25,8 +25,9 @@ class LevelEmbedding(nn.Module):
     zeros of padding from mid-grey pixels.
 
     Args:
-        channels, levels: of the images.
-        width: of the tables, one a channel; 0 is the number alone, as published.
+        channels, levels: of the images, whose values are 0 to levels - 1: what is beyond is read as something else.
+        width: of the tables, one a channel, which is `model.level_channels`; 0 is the number alone, as published, and
+            what checkpoints from before there were tables have.
     """
 
     def __init__(self, channels: int, levels: int, width: int) -> None:
@@ -34,7 +35,7 @@ class LevelEmbedding(nn.Module):
         self.channels, self.levels, self.out_channels = channels, levels, channels * (1 + width) + 1
         tables = [nn.Embedding(levels, width) for _ in range(channels if width else 0)]
         for table in tables:
-            nn.init.normal_(table.weight, std=0.3)
+            nn.init.normal_(table.weight, std=0.3)  # OrdinalRows keeps the size; with 1, equal steps came less far
             parametrize.register_parametrization(table, "weight", OrdinalRows(levels))
         self.tables: Any = nn.ModuleList(tables)
 

@@ -39,7 +39,7 @@ class PixelAttention(nn.Module):
         hidden_channels, n_residual: width, and number of residual blocks of two 3×3 convolutions.
         n_attention: attention layers, evenly spaced between the blocks.
         n_heads: of each layer; divides its width, half of hidden_channels (rounded up).
-        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
+        level_channels: width of the tables that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate inside each block.
     """

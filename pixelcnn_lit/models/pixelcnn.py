@@ -41,7 +41,7 @@ class PixelCNN(nn.Module):
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width, and number of residual blocks of two 3×3 convolutions.
         norm: "layer" (over channels at each pixel) or "batch" (the published block).
-        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
+        level_channels: width of the tables that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate inside each block of `norm=layer`.
     """

@@ -39,7 +39,7 @@ class PixelCNNPP(nn.Module):
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width, and number of residual blocks of each stream, dealt to the up and the down
             pass at full, half and quarter resolution in turn: 6 is one block everywhere, 32 nearly the paper's 5 and 6.
-        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
+        level_channels: width of the tables that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate inside each block.
     """

@@ -38,7 +38,7 @@ class RowLSTM(nn.Module):
         image_shape, num_classes, levels: facts of the data.
         out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width of the stream, and number of LSTM layers.
-        level_channels: width of the table that levels are read through; 0 reads them as numbers alone, as published.
+        level_channels: width of the tables that levels are read through; 0 reads them as numbers alone, as published.
         conditional: false trains without the class.
         dropout: rate of the states on their way into the stream.
     """
