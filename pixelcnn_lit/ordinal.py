@@ -14,7 +14,6 @@ class OrdinalRows(nn.Module):
     free rows are zero. The steps of Adam and Muon have a size that does not depend on the gradient's, so a step along a
     slow cosine moves all levels, and neighbours alike, by more than a step of their own rows; the free rows leave
     nothing out of reach. A parametrisation, as torch calls it: `parametrize.cached()` computes the sum only once.
-    Under autocast it keeps the precision of the weights, so that training and scoring read the same rows.
     """
 
     def __init__(self, levels: int) -> None:
@@ -24,8 +23,7 @@ class OrdinalRows(nn.Module):
         self.cosines = 8 / k * angles.cos()
 
     def forward(self, free: Tensor, smooth: Tensor) -> Tensor:
-        with torch.autocast(smooth.device.type, enabled=False):
-            return free + self.cosines.to(smooth) @ smooth  # FSDP casts parameters, and moves nothing else
+        return free + self.cosines.to(smooth) @ smooth  # FSDP casts parameters, and moves nothing else
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Where training starts: no free rows, and smooth ones as large as those of `weight`."""

@@ -46,7 +46,8 @@ class LevelEmbedding(nn.Module):
     def reader(self, like: Tensor) -> Callable[[Tensor], Tensor]:
         """`forward` with its rows at hand, for many small calls."""
         numbers = torch.arange(self.levels, dtype=like.dtype, device=like.device)[:, None] * (2 / (self.levels - 1)) - 1
-        rows = [torch.cat([numbers, table.weight.to(like.dtype)], dim=1) for table in self.tables]
+        with torch.autocast(like.device.type, enabled=False):  # training and scoring read the same rows
+            rows = [torch.cat([numbers, table.weight.to(like.dtype)], dim=1) for table in self.tables]
         first = self.levels * torch.arange(self.channels, device=like.device)  # of each channel's rows
         return partial(_look_up, torch.cat(rows or self.channels * [numbers]), first)
 
