@@ -64,18 +64,20 @@ class Muon(AdamW):
         return loss
 
     def _step_alike(self, matrices: list[Tensor], gradients: list[Tensor], lr: float, weight_decay: float) -> None:
-        averages = [self._average(p, gradient) for p, gradient in zip(matrices, gradients, strict=True)]
-        ahead = [g.lerp(average, self.momentum).flatten(1) for g, average in zip(gradients, averages, strict=True)]
-        directions = orthogonal_factor(torch.stack(ahead))
+        """`_foreach`: on a GPU a kernel for all of them, where a loop would start hundreds of small ones."""
+        averages = [self._average(p) for p in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - self.momentum)  # pyright: ignore[reportPrivateImportUsage]
+        ahead = torch.stack(gradients).lerp(torch.stack(averages), self.momentum).flatten(2)
+        directions = orthogonal_factor(ahead)
         size = 0.2 * math.sqrt(max(directions.shape[1:]))
-        for p, direction in zip(matrices, directions, strict=True):
-            p.mul_(1 - lr * weight_decay).add_(direction.view_as(p), alpha=-lr * size)
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(matrices, directions.view(-1, *matrices[0].shape).unbind(), alpha=-lr * size)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _average(self, p: Tensor, gradient: Tensor) -> Tensor:
-        """M after this gradient."""
+    def _average(self, p: Tensor) -> Tensor:
+        """M, zero before the first step."""
         if not self.state[p]:  # named as by AdamW, whose `load_state_dict` wants a `step`
             self.state[p] |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
-        return self.state[p]["exp_avg"].lerp_(gradient, 1 - self.momentum)
+        return self.state[p]["exp_avg"]
 
 
 def orthogonal_factor(matrices: Tensor) -> Tensor:
