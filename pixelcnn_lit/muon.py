@@ -95,7 +95,8 @@ def orthogonal_factor(matrices: Tensor) -> Tensor:
     gram = x @ x.mT
     product = identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
     for _ in range(5):
-        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        linear = torch.add(3.4445 * identity, gram, alpha=-4.7750)
+        polynomial = torch.baddbmm(linear, gram, gram, alpha=2.0315)
         product, gram = polynomial @ product, polynomial @ gram @ polynomial
     x = product @ x
     return (x if wide else x.mT).to(matrices.dtype)

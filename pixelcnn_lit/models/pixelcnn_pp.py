@@ -316,15 +316,15 @@ class ShiftedConv2d(nn.Conv2d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, width: int, stride: int = 1) -> None:
-        super().__init__(in_channels, out_channels, (2, width), stride, padding=(1, width // 2))
+        super().__init__(in_channels, out_channels, (2, width), stride)
+        self.margins = (width // 2, width // 2 if width % 2 else 0, 1, 0)  # left, right, above, below
         fan_in = self.weight[0].numel() * 0.645  # concat-ELU keeps so much of the mean square of a normal
         nn.init.normal_(self.weight, std=1 / math.sqrt(fan_in))
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        height, width = (-(-side // self.stride[0]) for side in input.shape[2:])
-        return super().forward(input)[:, :, :height, :width]  # padding is symmetric; what lies beyond is cut off
+        return super().forward(F.pad(input, self.margins))  # conv2d's own padding is symmetric: there would be more
 
     def cache(self, batch: int, width: int) -> "RowCache | WholeRows":
         """What computes this convolution of a row of `width`: pixel by pixel in ul, the row at once in u."""
