@@ -18,6 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from pixelcnn_lit.errors import UserError, first_line
+from pixelcnn_lit.rounding import restored
 
 UNFINISHED = ".tmp-"  # how the name of a file begins while it is written
 WEIGHTS = Path(__file__).parent / "weights"  # those that the package brings along; README.md there tells of each
@@ -142,10 +143,11 @@ def rebuild(path: str, kind: Any, **changed: Any) -> Any:
     if not settings.keys() >= set(kind.IDENTITY):
         raise UserError(f"ckpt={path}: not a checkpoint of this program's {kind.TITLE}s; type another")
     try:
+        weights = restored(checkpoint["state_dict"])
         with torch.device("meta"):  # without memory: a stranger's settings may ask for any amount of it
-            kind(**settings).load_state_dict(checkpoint["state_dict"], assign=True)
+            kind(**settings).load_state_dict(weights, assign=True)
         model = kind(**settings)
-        model.load_state_dict(checkpoint["state_dict"])
+        model.load_state_dict(weights)
     except UserError:
         raise
     except Exception as error:  # whatever a stranger's values lead to

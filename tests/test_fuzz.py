@@ -187,6 +187,15 @@ def test_a_stranger_cannot_ask_for_all_memory_or_time(tmp_path, model, where, va
         load(str(tmp_path / "x.ckpt"))
 
 
+def test_scales_make_no_matrix_larger(tmp_path, model):
+    weights = model.state_dict()
+    name = next(name for name, weight in weights.items() if weight.ndim > 1)
+    scales = torch.ones(*(1,) * (weights[name].ndim - 1), 10**6)
+    write_weights(tmp_path / "x.safetensors", weights | {f"{name}/scale": scales}, dict(model.hparams))
+    with pytest.raises(UserError, match="not a checkpoint of this program"):
+        load(str(tmp_path / "x.safetensors"))
+
+
 def test_settings_that_do_not_fit_the_weights_get_no_memory(tmp_path, model, monkeypatch):
     settings = {**model.hparams, "model": {**model.hparams["model"], "hidden_channels": 16}}
     torch.save({"hyper_parameters": settings, "state_dict": model.state_dict()}, tmp_path / "x.ckpt")

@@ -262,20 +262,30 @@ def test_exported_weights_draw_the_same_and_say_nothing_of_the_machine(run, monk
     assert torch.equal(load(out).draw(sampler), load(best).draw(sampler))
 
 
-def test_weights_in_half_precision_are_half_as_large_or_refused(run, monkeypatch, tmp_path):
+def test_rounded_weights_are_near_and_their_files_small(run, monkeypatch, tmp_path):
     best, out = str(run / "checkpoints" / "best.ckpt"), tmp_path / "x.safetensors"
-    sizes = []
-    for half in ("false", "true"):
-        command(monkeypatch, pixelcnn_lit.export.main, f"ckpt={best}", f"out={out}", f"half={half}")
-        sizes.append(out.stat().st_size)
-    assert sizes[1] < 0.6 * sizes[0]
-    whole, halved = load(best).state_dict(), load(str(out)).state_dict()
-    assert all(torch.equal(halved[name], weight.half().to(weight.dtype)) for name, weight in whole.items())
-    model = load(best)
+    whole, sizes, read = load(best).state_dict(), {}, {}
+    for dtype in ("float32", "float16", "int8"):
+        command(monkeypatch, pixelcnn_lit.export.main, f"ckpt={best}", f"out={out}", f"dtype={dtype}")
+        sizes[dtype], read[dtype] = out.stat().st_size, load(str(out)).state_dict()
+    assert sizes["float16"] < 0.6 * sizes["float32"]
+    assert sizes["int8"] < 0.4 * sizes["float32"]
+    for name, weight in whole.items():
+        assert torch.equal(read["float32"][name], weight)
+        assert torch.equal(read["float16"][name], weight.half().to(weight.dtype))
+        if weight.ndim > 1:
+            errors, furthest = ((w.flatten(1).abs().amax(1)) for w in (read["int8"][name] - weight, weight))
+            assert (errors <= furthest / 253).all()  # half of its 127th part, and the rounding of float32
+        else:
+            assert torch.equal(read["int8"][name], weight)
+
+
+def test_weights_too_large_for_half_precision_are_refused(run, monkeypatch, tmp_path):
+    model = load(str(run / "checkpoints" / "best.ckpt"))
     next(model.parameters()).data.flatten()[0] = 1e5
     monkeypatch.setattr(pixelcnn_lit.export, "load", lambda ckpt: model)
-    with pytest.raises(SystemExit, match="too large for float16; type half=false"):
-        command(monkeypatch, pixelcnn_lit.export.main, f"ckpt={best}", f"out={out}", "half=true")
+    with pytest.raises(SystemExit, match="too large for it; type dtype=float32"):
+        command(monkeypatch, pixelcnn_lit.export.main, "ckpt=x", f"out={tmp_path}/x.safetensors", "dtype=float16")
 
 
 def test_the_weights_the_package_brings_along_draw_digits(monkeypatch, tmp_path):
