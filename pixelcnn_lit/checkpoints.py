@@ -124,8 +124,10 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     parts = [content.get(key) if isinstance(content, dict) else None for key in ("hyper_parameters", "state_dict")]
     if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"ckpt={path}: not a checkpoint of this program; type another ckpt")
-    weights = content["state_dict"].values()
-    if sum(weight.nbytes for weight in weights if isinstance(weight, Tensor)) > Path(path).stat().st_size:
+    weights = [weight for weight in content["state_dict"].values() if isinstance(weight, Tensor)]
+    if any(weight.layout != torch.strided for weight in weights):
+        raise UserError(f"ckpt={path}: its weights are sparse, as none of this program are; type another ckpt")
+    if sum(weight.nbytes for weight in weights) > Path(path).stat().st_size:
         raise UserError(f"ckpt={path}: its weights are larger than the file; type another ckpt")  # by strides of zero
     return content
 

@@ -107,8 +107,8 @@ class DensityModel(L.LightningModule):
                 "gradient_checkpointing=true: this network has no blocks that can be computed twice, as those of "
                 "model.norm=batch cannot; type gradient_checkpointing=false"
             )
-        # Beside the network: a compiled one has other names for its weights. Scores are not worth a second compilation.
-        self.training_nats = torch.compile(self.nats) if compile else self.nats
+        # Training alone: scores, in float32 and eval mode, would be compiled anew, which takes longer than it saves.
+        self.training_nats = torch.compile(type(self).nats) if compile else type(self).nats
 
     @property
     def classes(self) -> list[int]:
@@ -135,7 +135,7 @@ class DensityModel(L.LightningModule):
         x, y = batch
         if self.label_dropout:
             y = y.masked_fill(torch.rand(y.shape, device=y.device) < self.label_dropout, self.num_classes)
-        nll = self.training_nats(x, y).mean() / self.dims
+        nll = self.training_nats(self, x, y).mean() / self.dims
         self.log("train/nll_step", nll, prog_bar=True)
         return nll
 

@@ -64,7 +64,7 @@ class Muon(AdamW):
         return loss
 
     def _step_alike(self, matrices: list[Tensor], gradients: list[Tensor], lr: float, weight_decay: float) -> None:
-        """`_foreach`: on a GPU a kernel for all of them, where a loop would start hundreds of small ones."""
+        """A step of matrices of one shape. `_foreach`: on a GPU one kernel for many, where a loop would start each."""
         averages = [self._average(p) for p in matrices]
         torch._foreach_lerp_(averages, gradients, 1 - self.momentum)  # pyright: ignore[reportPrivateImportUsage]
         ahead = torch.stack(gradients).lerp(torch.stack(averages), self.momentum).flatten(2)
@@ -95,8 +95,7 @@ def orthogonal_factor(matrices: Tensor) -> Tensor:
     gram = x @ x.mT
     product = identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
     for _ in range(5):
-        linear = torch.add(3.4445 * identity, gram, alpha=-4.7750)
-        polynomial = torch.baddbmm(linear, gram, gram, alpha=2.0315)
+        polynomial = torch.baddbmm(3.4445 * identity - 4.7750 * gram, gram, gram, alpha=2.0315)
         product, gram = polynomial @ product, polynomial @ gram @ polynomial
     x = product @ x
     return (x if wide else x.mT).to(matrices.dtype)

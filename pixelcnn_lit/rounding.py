@@ -1,5 +1,8 @@
 """Weights rounded for a file to give away, and read back from it."""
 
+import copy
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -8,12 +11,11 @@ from pixelcnn_lit.errors import UserError
 SCALE = "/scale"  # how the name of the scales ends that belong to a matrix in int8
 
 
-def rounded(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """The weights as `dtype`: "float32" as they are, "float16", or "int8".
+def rounded(weights: dict[str, Tensor], dtype: Literal["float32", "float16", "int8"]) -> dict[str, Tensor]:
+    """The weights as they are, in float16, or with what has more than one dimension in int8.
 
-    In int8 is what has more than one dimension: in each row, of a convolution the kernels of an output, the weight
-    furthest from zero becomes ±127, and its 127th part is the scale that stands beside the matrix. Zeros stay zeros.
-    The rest stays as it is. UserError where a value is too large for float16.
+    There, in each slice along the first dimension, what is furthest from zero becomes ±127, and its 127th part is the
+    scale, which stands in float32 beside the matrix. UserError where a value is too large for float16.
     """
     if dtype == "float32":
         return weights
@@ -22,23 +24,24 @@ def rounded(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
         if dtype == "float16":
             result[name] = weight.half() if weight.is_floating_point() else weight
             if not bool(result[name].isfinite().all()):
-                raise UserError(f"dtype=float16: some values of {name} are too large for it; type dtype=float32")
+                raise UserError(f"dtype=float16: some values of {name} are too large for float16; type dtype=float32")
         elif weight.is_floating_point() and weight.ndim > 1:
-            scale = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True) / 127
-            result[name] = (weight / scale.clamp_min(1e-30)).round().to(torch.int8)
-            result[name + SCALE] = scale
+            scale = weight.float().abs().amax(tuple(range(1, weight.ndim)), keepdim=True) / 127
+            nonzero = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+            result[name], result[name + SCALE] = (weight / nonzero).round().to(torch.int8), scale
         else:
             result[name] = weight
     return result
 
 
 def restored(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices in int8 times their scales; what else there is, as it is."""
-    result = {}
+    """Each matrix in int8 times its scales; what else there is, as it is. ValueError where these do not fit."""
+    result = copy.copy(weights)  # with what torch keeps beside an OrderedDict
     for name, weight in weights.items():
         if name + SCALE in weights:
-            rows = len(weight), *(1,) * (weight.ndim - 1)
-            result[name] = weight * weights[name + SCALE].expand(rows)  # no stranger's scale makes it any larger
-        elif not name.endswith(SCALE):
-            result[name] = weight
+            scale = result.pop(name + SCALE)
+            fits = len(weight), *(1,) * (weight.ndim - 1)
+            if (weight.dtype, scale.dtype, scale.shape) != (torch.int8, torch.float32, fits):  # or it might grow
+                raise ValueError(f"the scales of {name} are none of a matrix in int8")
+            result[name] = weight * scale
     return result

@@ -17,6 +17,7 @@ from pixelcnn_lit.data.npz import npz
 from pixelcnn_lit.data.official import mnist
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel, load
+from pixelcnn_lit.rounding import SCALE, restored
 
 N = int(os.environ.get("PIXELCNN_FUZZ", "130"))
 
@@ -187,13 +188,31 @@ def test_a_stranger_cannot_ask_for_all_memory_or_time(tmp_path, model, where, va
         load(str(tmp_path / "x.ckpt"))
 
 
-def test_scales_make_no_matrix_larger(tmp_path, model):
-    weights = model.state_dict()
-    name = next(name for name, weight in weights.items() if weight.ndim > 1)
-    scales = torch.ones(*(1,) * (weights[name].ndim - 1), 10**6)
-    write_weights(tmp_path / "x.safetensors", weights | {f"{name}/scale": scales}, dict(model.hparams))
-    with pytest.raises(UserError, match="not a checkpoint of this program"):
-        load(str(tmp_path / "x.safetensors"))
+INT8, ONES = torch.ones(3, 1, dtype=torch.int8), torch.ones(3, 1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    [
+        (INT8, torch.ones(1, 10**6)),
+        (INT8, ONES.to(torch.complex128)),
+        (INT8, torch.ones(2, 1)),
+        (INT8[0, 0], torch.ones(())),
+        (ONES, ONES),
+    ],
+)
+def test_scales_that_a_stranger_chose_are_refused(weight, scale):
+    with pytest.raises((ValueError, TypeError)):
+        restored({"w": weight, f"w{SCALE}": scale})
+
+
+@pytest.mark.parametrize("added", [{f"x{SCALE}": ONES}, {"x": ONES}, {"x": ONES.to_sparse()}, {5: ONES}])
+def test_weights_that_belong_to_nothing_are_refused(tmp_path, model, added):
+    torch.save(
+        {"hyper_parameters": dict(model.hparams), "state_dict": {**model.state_dict(), **added}}, tmp_path / "x.ckpt"
+    )
+    with pytest.raises(UserError):
+        load(str(tmp_path / "x.ckpt"))
 
 
 def test_settings_that_do_not_fit_the_weights_get_no_memory(tmp_path, model, monkeypatch):

@@ -296,29 +296,33 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(network):
     assert kept[1] < kept[0] / 2
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize(
-    ("network", "likelihood"), [pair for pair in PAIRS if "categorical" in pair or "pixelcnn" in pair]
-)
-def test_a_loss_compiles_into_one_graph_and_once(network, likelihood, recomputed):
-    net, inside = make(network, likelihood, (3, 5, 7), levels=17, n_residual=2)
-    if recomputed and not recompute_blocks(net):
-        pytest.skip("DensityModel refuses it")
+FACTS = {"num_classes": 3, "levels": 17, "class_names": [], "label": "", "dataset": {}}
+COMPILED = [*((network, "categorical") for network in NETWORKS), ("pixelcnn_pp", "logistic_mixture")]
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(("network", "likelihood"), [*COMPILED, ("pixelcnn", "categorical_independent")])
+def test_a_loss_compiles_into_one_graph_and_once(network, likelihood, gradient_checkpointing):
+    own = {"image_shape": [3, 5, 7], "gradient_checkpointing": gradient_checkpointing, **FACTS}
+    try:
+        model = DensityModel(**configs(network, likelihood, n_residual=2), **own)
+    except UserError:
+        pytest.skip("it has no blocks that can be computed twice")
     counter = CompileCounter()
-    net.train()
-    compiled = torch.compile(lambda x, y: inside.log_prob(net(x, y), x), backend=counter, fullgraph=True)
+    compiled = torch.compile(DensityModel.nats, backend=counter, fullgraph=True)
     for seed in range(3):
         x = torch.randint(17, (2, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-        compiled(x, torch.tensor([0, seed])).sum().backward()
+        compiled(model, x, torch.tensor([0, seed])).sum().backward()
     assert counter.frame_count == 1
 
 
 def test_the_loss_of_training_alone_is_compiled(monkeypatch):
     """Scores, samples and the names of the weights are of the network as it is."""
+    config = configs("pixelcnn", "categorical") | {"image_shape": [1, 4, 4], **FACTS}
+    assert DensityModel(**config, compile=True).state_dict().keys() == DensityModel(**config).state_dict().keys()
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: lambda *batch: compiled.append(batch) or function(*batch))
-    facts = {"image_shape": [1, 4, 4], "levels": 3, "num_classes": 2, "class_names": [], "label": "", "dataset": {}}
-    model, plain = (DensityModel(**configs("pixelcnn", "categorical"), **facts, compile=c) for c in (True, False))
+    model = DensityModel(**config, compile=True)
     batch = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
     model.validation_step(batch, 0)
     model.draw({"_target_": "pixelcnn_lit.samplers.draw", "n_per_class": 1})
@@ -326,4 +330,3 @@ def test_the_loss_of_training_alone_is_compiled(monkeypatch):
     model.log = lambda *args, **own: None
     model.training_step(batch, 0).backward()
     assert len(compiled) == 1
-    assert model.state_dict().keys() == plain.state_dict().keys()

@@ -14,6 +14,7 @@ Training-mode loss: a likelihood.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -278,10 +279,10 @@ class GatedBlock(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, *aux: Tensor) -> Tensor:
         """x and each aux [B,channels,H,W] -> [B,channels,H,W]."""
-        h = self.conv1(concat_elu(x))
+        h = self.conv1(x, concat_elu)
         for conv, other in zip(self.aux, aux, strict=True):
             h = h + conv(concat_elu(other))
-        h = self.conv2(self.dropout(concat_elu(h)))
+        h = self.conv2(h, lambda h: self.dropout(concat_elu(h)))
         a, b = (h + self.embed(y).to(h.dtype)).chunk(2, dim=1)  # in h's dtype: bf16 streams stay bf16 under autocast
         return x + a * b.sigmoid()
 
@@ -317,14 +318,20 @@ class ShiftedConv2d(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, width: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, (2, width), stride)
-        self.margins = (width // 2, width // 2 if width % 2 else 0, 1, 0)  # left, right, above, below
+        self.margins = (width // 2, (width - 1) // 2, 1, 0)  # left, right, above, below
         fan_in = self.weight[0].numel() * 0.645  # concat-ELU keeps so much of the mean square of a normal
         nn.init.normal_(self.weight, std=1 / math.sqrt(fan_in))
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(F.pad(input, self.margins))  # conv2d's own padding is symmetric: there would be more
+    def forward(self, input: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The convolution of the input, or of what `activation` makes of it, which must leave zeros zero.
+
+        conv2d's own padding is the same on both sides, and would make outputs that nobody reads. An activation that
+        came before the padding would be kept twice for the backward pass.
+        """
+        padded = F.pad(input, self.margins)
+        return super().forward(activation(padded) if activation else padded)
 
     def cache(self, batch: int, width: int) -> "RowCache | WholeRows":
         """What computes this convolution of a row of `width`: pixel by pixel in ul, the row at once in u."""
