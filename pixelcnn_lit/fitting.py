@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
@@ -90,6 +91,7 @@ def fit(
         module: a LightningModule with LOSS, MONITOR, IDENTITY, `best_figure` and `epoch_line`: see DensityModel.
         settings: those that a sweep varies. beside: those that are saved with them.
     """
+    torch.compiler.reset()  # the jobs of a sweep share a process: from the ninth on, none would be compiled
     stopwatch, loss, saved_with = Stopwatch(), TrainingLoss(), settings | beside
     extras = [build(f"callbacks.{name}", own, Callback) for name, own in saved_with["callbacks"].items()]
     saved = read_start(str(start), module, extras) if start else {}

@@ -308,6 +308,7 @@ def test_a_loss_compiles_into_one_graph_and_once(network, likelihood, gradient_c
         model = DensityModel(**configs(network, likelihood, n_residual=2), **own)
     except UserError:
         pytest.skip("it has no blocks that can be computed twice")
+    torch.compiler.reset()  # else torch counts the models of all these tests as one that is compiled again and again
     counter = CompileCounter()
     compiled = torch.compile(DensityModel.nats, backend=counter, fullgraph=True)
     for seed in range(3):
