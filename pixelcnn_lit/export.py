@@ -19,7 +19,8 @@ def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"]) -> N
     # Where the data lay is an affair of the machine it was trained on.
     dataset = {key: value for key, value in model.hparams["dataset"].items() if key not in ("root", "path")}
     dataset["name"] = plain_name(dataset["name"])
-    write_weights(Path(out), rounded(model.state_dict(), dtype), dict(model.hparams) | {"dataset": dataset})
+    width = model.hparams["model"].get("hidden_channels", 1)
+    write_weights(Path(out), rounded(model.state_dict(), dtype, width), dict(model.hparams) | {"dataset": dataset})
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters in {dtype}"
     print(f"{size} of {model.hparams['label']}: {shown(out)}")
 

@@ -11,26 +11,25 @@ from pixelcnn_lit.errors import UserError
 SCALE = "/scale"  # how the name of the scales ends that belong to a matrix in int8
 
 
-def rounded(weights: dict[str, Tensor], dtype: Literal["float32", "float16", "int8"]) -> dict[str, Tensor]:
-    """The weights as they are, in float16, or with what has more than one dimension in int8.
+def rounded(weights: dict[str, Tensor], dtype: Literal["float32", "float16", "int8"], width: int) -> dict[str, Tensor]:
+    """The weights as they are, in float16, or in float16 with int8 where channels of a hidden layer enter and leave.
 
-    There, in each slice along the first dimension, what is furthest from zero becomes ±127, and its 127th part is the
-    scale, which stands in float32 beside the matrix. UserError where a value is too large for float16.
+    Those matrices are known by their first two dimensions, which are multiples of `width`. What is furthest from zero
+    in each slice along the first becomes ±127, and its 127th part is the scale, in float32 beside the matrix. Where
+    pixels enter and features leave, int8 would cost many times the bits that it costs in all hidden layers together.
+    UserError where a value is too large for float16.
     """
     if dtype == "float32":
         return weights
-    result = {}
-    for name, weight in weights.items():
-        if dtype == "float16":
-            result[name] = weight.half() if weight.is_floating_point() else weight
-            if not bool(result[name].isfinite().all()):
-                raise UserError(f"dtype=float16: some values of {name} are too large for float16; type dtype=float32")
-        elif weight.is_floating_point() and weight.ndim > 1:
+    result = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
+    for name, weight in result.items():
+        if not bool(weight.isfinite().all()):
+            raise UserError(f"dtype={dtype}: some values of {name} are too large for float16; type dtype=float32")
+    for name, weight in weights.items() if dtype == "int8" else ():
+        if weight.is_floating_point() and weight.ndim > 1 and not any(side % width for side in weight.shape[:2]):
             scale = weight.float().abs().amax(tuple(range(1, weight.ndim)), keepdim=True) / 127
             nonzero = scale.clamp_min(torch.finfo(scale.dtype).tiny)
             result[name], result[name + SCALE] = (weight / nonzero).round().to(torch.int8), scale
-        else:
-            result[name] = weight
     return result
 
 

@@ -269,15 +269,18 @@ def test_rounded_weights_are_near_and_their_files_small(run, monkeypatch, tmp_pa
         command(monkeypatch, pixelcnn_lit.export.main, f"ckpt={best}", f"out={out}", f"dtype={dtype}")
         sizes[dtype], read[dtype] = out.stat().st_size, load(str(out)).state_dict()
     assert sizes["float16"] < 0.6 * sizes["float32"]
-    assert sizes["int8"] < 0.4 * sizes["float32"]
+    assert sizes["int8"] < 0.45 * sizes["float32"]  # much of so small a model is not in int8
+    near = 0
     for name, weight in whole.items():
+        halved = weight.half().to(weight.dtype)
         assert torch.equal(read["float32"][name], weight)
-        assert torch.equal(read["float16"][name], weight.half().to(weight.dtype))
-        if weight.ndim > 1:
-            errors, furthest = ((w.flatten(1).abs().amax(1)) for w in (read["int8"][name] - weight, weight))
+        assert torch.equal(read["float16"][name], halved)
+        if not torch.equal(read["int8"][name], halved):
+            errors, furthest = (w.flatten(1).abs().amax(1) for w in (read["int8"][name] - weight, weight))
             assert (errors <= furthest / 253).all()  # half of its 127th part, and the rounding of float32
-        else:
-            assert torch.equal(read["int8"][name], weight)
+            assert {side % 16 for side in weight.shape[:2]} == {0}  # hidden_channels
+            near += 1
+    assert near >= 2
 
 
 def test_weights_too_large_for_half_precision_are_refused(run, monkeypatch, tmp_path):
@@ -291,9 +294,16 @@ def test_weights_too_large_for_half_precision_are_refused(run, monkeypatch, tmp_
 def test_the_weights_the_package_brings_along_draw_digits(monkeypatch, tmp_path):
     command(monkeypatch, pixelcnn_lit.sample.main, "ckpt=mnist", "classes=[7]", f"run_dir={tmp_path}")
     assert archive(tmp_path / "samples.npz")["images"].shape == (2, 28, 28, 1)
-    assert load("mnist").hparams["label"].startswith("mnist 1×28×28, 256 levels")
-    assert "/" not in str(dict(load("mnist").hparams["dataset"]))
-    assert sum(file.stat().st_size for file in WEIGHTS.glob("mnist*")) <= 5e6
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "most"), [("mnist", "mnist 1×28×28, 256 levels", 5e6), ("cifar10", "cifar10 3×32×32", 15e6)]
+)
+def test_the_weights_the_package_brings_along_are_small_and_say_nothing_of_a_machine(name, label, most):
+    model = load(name)
+    assert model.hparams["label"].startswith(label)
+    assert "/" not in str(dict(model.hparams["dataset"]))
+    assert (WEIGHTS / f"{name}.safetensors").stat().st_size <= most
 
 
 def test_a_name_that_no_weights_have_gets_one_line(monkeypatch):
