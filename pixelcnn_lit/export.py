@@ -19,10 +19,12 @@ def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"]) -> N
     # Where the data lay is an affair of the machine it was trained on.
     dataset = {key: value for key, value in model.hparams["dataset"].items() if key not in ("root", "path")}
     dataset["name"] = plain_name(dataset["name"])
-    width = model.hparams["model"].get("hidden_channels", 1)
+    width = model.hparams["model"].get("hidden_channels")
+    if dtype == "int8" and not width:
+        raise UserError("dtype=int8: this network has no hidden_channels; type dtype=float16")
     write_weights(Path(out), rounded(model.state_dict(), dtype, width), dict(model.hparams) | {"dataset": dataset})
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters in {dtype}"
-    print(f"{size} of {model.hparams['label']}: {shown(out)}")
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters in {Path(out).stat().st_size:,} bytes"
+    print(f"{size}, of {model.hparams['label']}: {shown(out)}")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class DensityModel(L.LightningModule):
                 "gradient_checkpointing=true: this network has no blocks that can be computed twice, as those of "
                 "model.norm=batch cannot; type gradient_checkpointing=false"
             )
-        # Training alone: scores, in float32 and eval mode, would be compiled anew, which takes longer than it saves.
+        # Training alone: scores, in float32 and eval mode, would be compiled anew.
         self.training_nats = torch.compile(type(self).nats) if compile else type(self).nats
 
     @property

@@ -12,12 +12,12 @@ SCALE = "/scale"  # how the name of the scales ends that belong to a matrix in i
 
 
 def rounded(weights: dict[str, Tensor], dtype: Literal["float32", "float16", "int8"], width: int) -> dict[str, Tensor]:
-    """The weights as they are, in float16, or in float16 with int8 where channels of a hidden layer enter and leave.
+    """The weights of a DensityModel as they are, in float16, or in float16 with the hidden layers in int8.
 
-    Those matrices are known by their first two dimensions, which are multiples of `width`. What is furthest from zero
-    in each slice along the first becomes ±127, and its 127th part is the scale, in float32 beside the matrix. Where
-    pixels enter and features leave, int8 would cost many times the bits that it costs in all hidden layers together.
-    UserError where a value is too large for float16.
+    A matrix of a hidden layer is one of the network, tables apart, whose first two dimensions are multiples of `width`.
+    What is furthest from zero in each slice along the first becomes ±127, and its 127th part is the scale, in float32
+    beside the matrix. To `ckpt=cifar10` that costs 0.002 bits per dimension, and 0.05 if its first and last layers are
+    in int8, too. UserError where a value is too large for float16.
     """
     if dtype == "float32":
         return weights
@@ -25,8 +25,11 @@ def rounded(weights: dict[str, Tensor], dtype: Literal["float32", "float16", "in
     for name, weight in result.items():
         if not bool(weight.isfinite().all()):
             raise UserError(f"dtype={dtype}: some values of {name} are too large for float16; type dtype=float32")
-    for name, weight in weights.items() if dtype == "int8" else ():
-        if weight.is_floating_point() and weight.ndim > 1 and not any(side % width for side in weight.shape[:2]):
+    if dtype == "float16":
+        return result
+    for name, weight in weights.items():
+        inside = name.startswith("net.") and not name.startswith("net.read.")
+        if inside and weight.ndim > 1 and not any(side % width for side in weight.shape[:2]):
             scale = weight.float().abs().amax(tuple(range(1, weight.ndim)), keepdim=True) / 127
             nonzero = scale.clamp_min(torch.finfo(scale.dtype).tiny)
             result[name], result[name + SCALE] = (weight / nonzero).round().to(torch.int8), scale

@@ -92,7 +92,7 @@ class WarmupCosine(LambdaLR):
 
         def factor(step: int) -> float:
             share = time_share()
-            if step == 1:  # the first step may have taken long: it compiles the network
+            if step == 1:  # the first step may have taken long: it compiles the loss
                 self.began = share
             at = max(step, (share - self.began) / max(1 - self.began, 1e-9) * last)
             if at < up:

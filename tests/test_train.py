@@ -272,13 +272,15 @@ def test_rounded_weights_are_near_and_their_files_small(run, monkeypatch, tmp_pa
     assert sizes["int8"] < 0.45 * sizes["float32"]  # much of so small a model is not in int8
     near = 0
     for name, weight in whole.items():
-        halved = weight.half().to(weight.dtype)
+        halved, inside = weight.half().to(weight.dtype), name.startswith("net.blocks")
         assert torch.equal(read["float32"][name], weight)
         assert torch.equal(read["float16"][name], halved)
-        if not torch.equal(read["int8"][name], halved):
+        if torch.equal(read["int8"][name], halved):
+            assert not inside or weight.ndim == 1
+        else:
             errors, furthest = (w.flatten(1).abs().amax(1) for w in (read["int8"][name] - weight, weight))
             assert (errors <= furthest / 253).all()  # half of its 127th part, and the rounding of float32
-            assert {side % 16 for side in weight.shape[:2]} == {0}  # hidden_channels
+            assert not name.startswith(("likelihood.", "net.read.", "net.first."))
             near += 1
     assert near >= 2
 
@@ -485,7 +487,7 @@ def test_the_learning_rate_follows_the_time_where_that_ends_first():
 
 
 def test_a_first_step_that_takes_long_costs_no_warm_up():
-    """It compiles the network."""
+    """It compiles the loss."""
     optimizer, share = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5), 0.0
     scheduler = WarmupCosine(optimizer, 100_001, time_share=lambda: share, warmup=0.1)
     rates = {}

@@ -313,7 +313,8 @@ def concat_elu(x: Tensor) -> Tensor:
 class ShiftedConv2d(nn.Conv2d):
     """A convolution of two rows, the one above and its own, by `width` columns: 2 reach to the left, 3 or 7 both ways.
 
-    [B,in,H,W] -> [B,out,⌈H/stride⌉,⌈W/stride⌉]. Output (I, J) stands at input (stride I, stride J).
+    [B,in,H,W], after the activation if there is one, -> [B,out,⌈H/stride⌉,⌈W/stride⌉]. Output (I, J) stands at input
+    (stride I, stride J).
     """
 
     def __init__(self, in_channels: int, out_channels: int, width: int, stride: int = 1) -> None:
@@ -327,8 +328,8 @@ class ShiftedConv2d(nn.Conv2d):
     def forward(self, input: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The convolution of the input, or of what `activation` makes of it, which must leave zeros zero.
 
-        conv2d's own padding is the same on both sides, and would make outputs that nobody reads. An activation that
-        came before the padding would be kept twice for the backward pass.
+        conv2d's own padding is the same on both sides, and would make outputs that nobody reads. What an activation
+        made would be kept once more for the backward pass if it was padded afterwards.
         """
         padded = F.pad(input, self.margins)
         return super().forward(activation(padded) if activation else padded)
