@@ -93,9 +93,15 @@ def orthogonal_factor(matrices: Tensor) -> Tensor:
     x = x if wide else x.mT
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-12)  # no singular value is above 1
     gram = x @ x.mT
-    product = identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
-    for _ in range(5):
-        polynomial = torch.baddbmm(3.4445 * identity - 4.7750 * gram, gram, gram, alpha=2.0315)
-        product, gram = polynomial @ product, polynomial @ gram @ polynomial
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    product = polynomial = _polynomial(gram, identity)
+    for _ in range(4):
+        gram = polynomial @ gram @ polynomial
+        polynomial = _polynomial(gram, identity)
+        product = polynomial @ product
     x = product @ x
     return (x if wide else x.mT).to(matrices.dtype)
+
+
+def _polynomial(gram: Tensor, identity: Tensor) -> Tensor:
+    return torch.baddbmm(3.4445 * identity - 4.7750 * gram, gram, gram, alpha=2.0315)
