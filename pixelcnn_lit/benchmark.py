@@ -1,5 +1,10 @@
 """How fast this machine trains and samples, as ratios measured side by side in one run; no figure is stored in code."""
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("benchmark")
+
 import copy
 import json
 import statistics
@@ -14,14 +19,14 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.checkpoints import write_text
 from pixelcnn_lit.codec import MOST, compress, decompress
-from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.files import write_text
 from pixelcnn_lit.fronts import fronts
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.models.layers import CausalConv2d
+from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.samplers import Conditioned, Pick, evaluating, fixed_point, picker, walk
 
 NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
@@ -30,7 +35,6 @@ Timed = dict[str, Callable[[], Any]]
 Size = Annotated[int, Range(1)]
 
 
-@command("benchmark")
 def main(
     model: dict[str, Any],
     likelihood: dict[str, Any],
@@ -242,7 +246,3 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     lines = [" " * 26 + "".join(f"{column:>24}" for column in columns)]
     lines += [f"{name:<26}" + "".join(f"{row[column]:>24.4g}" for column in columns) for name, row in rows.items()]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

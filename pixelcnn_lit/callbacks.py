@@ -13,12 +13,12 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from pixelcnn_lit.build import Range, inspect_config
-from pixelcnn_lit.command import shown
 from pixelcnn_lit.data.images import first_of_each_class
 from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.pictures import grid, save
+from pixelcnn_lit.run_dir import shown
 from pixelcnn_lit.runs import last_checkpoint
 from pixelcnn_lit.samplers import refuse_steering
 

@@ -1,15 +1,12 @@
-"""Files that are whole or absent, and that are data: checkpoints of a run, and weights to give away."""
+"""Files that are data: checkpoints of a run, and weights to give away."""
 
 import errno
 import hashlib
 import json
-import os
 import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -18,40 +15,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from pixelcnn_lit.errors import UserError, first_line
+from pixelcnn_lit.files import whole
 from pixelcnn_lit.rounding import restored
 
-UNFINISHED = ".tmp-"  # how the name of a file begins while it is written
 WEIGHTS = Path(__file__).parent / "weights"  # those that the package brings along; README.md there tells of each
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[IO[bytes]]:
-    """A file to write in the place of `target`: beside it, flushed to the disk, renamed.
-
-    A kill at any moment leaves the earlier file as it was.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{UNFINISHED}{os.getpid()}-{target.name}")
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_text(target: Path, text: str) -> None:
-    """`text` and a newline as the file `target`, whole or not at all."""
-    with whole(target) as file:
-        file.write(f"{text}\n".encode())
-
-
-def sweep(directory: Path) -> None:
-    """Remove what a killed run left unfinished."""
-    for stale in directory.glob(f"{UNFINISHED}*"):
-        stale.unlink()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

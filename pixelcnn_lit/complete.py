@@ -1,5 +1,10 @@
 """Complete images: keep some pixels to the bit and draw the others, several times, given what is kept."""
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("complete")
+
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,18 +13,17 @@ import torch
 from torch import Tensor
 
 from pixelcnn_lit.build import Range, inspect_config
-from pixelcnn_lit.checkpoints import write_text
-from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.images import quantise
 from pixelcnn_lit.data.module import saved_or_given
 from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.files import write_text
 from pixelcnn_lit.lit import DensityModel, bits, load
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.pictures import grid, read_png, save
+from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.samplers import require_known
 
 
-@command("complete")
 def main(
     ckpt: str,
     keep: Literal["top_half", "bottom_half", "left_half", "right_half"] | None,
@@ -121,7 +125,3 @@ def known_class(label: int | None, model: DensityModel) -> list[int]:
     asked = [model.classes[0] if label is None else label]
     require_known(f"label={label}", asked, model.known_classes)
     return asked
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,10 @@
 """Compress images with a model, and say how many bits they took."""
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("compress")
+
 import io
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,20 +16,19 @@ from torch import Tensor
 
 from pixelcnn_lit.bayes import class_log_likelihoods
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.checkpoints import whole
 from pixelcnn_lit.codec import MOST, compress
-from pixelcnn_lit.command import command, shown
 from pixelcnn_lit.data.images import Split, channels_first
 from pixelcnn_lit.data.module import saved_or_given
 from pixelcnn_lit.errors import UserError, first_line
+from pixelcnn_lit.files import whole
 from pixelcnn_lit.lit import DensityModel, load
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.pictures import as_it_is, read_png
+from pixelcnn_lit.run_dir import shown
 
 SPLITS = ("train", "validation", "test")
 
 
-@command("compress")
 def main(
     ckpt: str,
     images: str,
@@ -121,7 +125,3 @@ def encoded(image: Tensor, format: str, **options: Any) -> int:
     buffer = io.BytesIO()
     as_it_is(image).save(buffer, format, **options)
     return buffer.tell()
-
-
-if __name__ == "__main__":
-    main()

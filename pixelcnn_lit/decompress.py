@@ -1,19 +1,23 @@
 """The images in a file of `compress`, to the bit."""
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("decompress")
+
 from pathlib import Path
 
 import numpy as np
 
-from pixelcnn_lit.checkpoints import whole
 from pixelcnn_lit.codec import decompress
-from pixelcnn_lit.command import command, shown
 from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.files import whole
 from pixelcnn_lit.lit import load
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.pictures import as_it_is
+from pixelcnn_lit.run_dir import shown
 
 
-@command("decompress")
 def main(ckpt: str, file: str, out: str) -> None:
     model = load(ckpt).to(best_device())
     if not Path(file).is_file():
@@ -30,7 +34,3 @@ def main(ckpt: str, file: str, out: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             as_it_is(image).save(path)
     print(f"{len(images)} images: {shown(out)}")
-
-
-if __name__ == "__main__":
-    main()

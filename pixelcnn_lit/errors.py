@@ -11,7 +11,6 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -20,7 +19,6 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
-from torch import OutOfMemoryError
 
 
 class UserError(Exception):
@@ -59,16 +57,13 @@ def explain(error: BaseException | None) -> str | None:
             return f"{error.full_key} is missing; type {error.full_key}=..."
         case OverrideParseException():
             return f"{error.override}: not an override; type key=value"
-        case (
-            ConfigCompositionException()
-            | InstantiationException()
-            | OmegaConfBaseException()
-            | MisconfigurationException()
-        ):
+        case ConfigCompositionException() | InstantiationException() | OmegaConfBaseException():
+            return " ".join(str(error).split())
+        case Exception() if _is(error, "MisconfigurationException"):
             return " ".join(str(error).split())
         case ValueError() if str(error).startswith("Config group override"):
             return "a choice cannot be null; leave it out with ~NAME, for example ~scheduler"
-        case OutOfMemoryError():
+        case Exception() if _is(error, "OutOfMemoryError"):
             return "the device ran out of memory; type a smaller batch_size (of dataset or sampler) or model_size"
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{error.filename or 'the directory of the run'}: the disk is full; make room"
@@ -77,6 +72,11 @@ def explain(error: BaseException | None) -> str | None:
         case Exception() if _raised_by_lightning(error):
             return f"{first_line(error)} (a setting of trainer.* or callbacks.*)"
     return None
+
+
+def _is(error: BaseException, name: str) -> bool:
+    """Whether its class is one of torch or Lightning so named, which are not imported to ask."""
+    return any(c.__name__ == name and c.__module__.startswith(("torch", "lightning")) for c in type(error).__mro__)
 
 
 def _raised_by_lightning(error: BaseException) -> bool:

@@ -4,6 +4,11 @@ Bits per dimension overall and per class; or, by Bayes' rule, how well it tells 
 another dataset are less likely to it.
 """
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("evaluate")
+
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,16 +20,16 @@ from torchmetrics.functional.classification import binary_auroc
 
 from pixelcnn_lit.bayes import class_log_likelihoods, marginal, posterior, score
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.checkpoints import write_text
-from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.data.module import ImageData, image_data, plain_name, saved_or_given, uniform_bpd
 from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.files import write_text
 from pixelcnn_lit.lit import DensityModel, bits, load
-from pixelcnn_lit.machine import best_device, make_trainer
+from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.run_dir import run_dir, shown
+from pixelcnn_lit.trainer import make_trainer
 
 
-@command("evaluate")
 def main(
     ckpt: str,
     task: Literal["bpd", "classify", "novelty"],
@@ -126,7 +131,3 @@ def histogram(bpd: dict[str, Tensor], path: Path) -> Path:
     axes.legend()
     figure.savefig(path)
     return path
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,21 @@
 """Weights to give away: a checkpoint's model as safetensors, with what rebuilds it and a SHA-256 of it all."""
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("export")
+
 from pathlib import Path
 from typing import Literal
 
 from pixelcnn_lit.checkpoints import write_weights
-from pixelcnn_lit.command import command, shown
 from pixelcnn_lit.data.module import plain_name
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import load
 from pixelcnn_lit.rounding import rounded
+from pixelcnn_lit.run_dir import shown
 
 
-@command("export")
 def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"]) -> None:
     if not out.endswith(".safetensors"):
         raise UserError(f"out={out}: type a name that ends in .safetensors")
@@ -25,7 +29,3 @@ def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"]) -> N
     write_weights(Path(out), rounded(model.state_dict(), dtype, width), dict(model.hparams) | {"dataset": dataset})
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters in {Path(out).stat().st_size:,} bytes"
     print(f"{size}, of {model.hparams['label']}: {shown(out)}")
-
-
-if __name__ == "__main__":
-    main()

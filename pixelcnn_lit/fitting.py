@@ -18,13 +18,15 @@ from omegaconf import OmegaConf
 
 from pixelcnn_lit.build import build, check
 from pixelcnn_lit.callbacks import EpochLine, FiniteGuard, HParams, ScoreAtTheEnd, Stopwatch, TrainingLoss
-from pixelcnn_lit.checkpoints import AtomicCheckpointIO, read_checkpoint, require_same, write_text
-from pixelcnn_lit.command import Stopped, run_dir, shown
+from pixelcnn_lit.checkpoints import AtomicCheckpointIO, read_checkpoint, require_same
 from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.errors import UserError, first_line
-from pixelcnn_lit.machine import make_trainer
+from pixelcnn_lit.files import write_text
 from pixelcnn_lit.resume import Streams
+from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.runs import CONFIG, alone_in, saved_settings, starting_point, stopped_at, typed_settings
+from pixelcnn_lit.signals import Stopped
+from pixelcnn_lit.trainer import make_trainer
 
 
 def start_or_go_on(

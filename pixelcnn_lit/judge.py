@@ -4,6 +4,11 @@ A table, a confusion matrix, some samples beside the nearest training images, an
 guidance scales, consistency over diversity as a curve.
 """
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("judge")
+
 import json
 from itertools import product
 from pathlib import Path
@@ -14,23 +19,23 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pixelcnn_lit.build import Range, inspect_config
-from pixelcnn_lit.checkpoints import require_same, write_text
+from pixelcnn_lit.checkpoints import require_same
 from pixelcnn_lit.classifiers.judging import Verdict, nearest, read, verdict
 from pixelcnn_lit.classifiers.lit import load_classifier
 from pixelcnn_lit.classifiers.pictures import show_confusion
-from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.module import ImageData, saved_or_given
 from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.files import write_text
 from pixelcnn_lit.lit import load
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.pictures import grid, save
+from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.samplers import refuse_steering
 
 SHOWN = 4  # samples a class, each beside the training image that is nearest to it
 REAL = "real test images"
 
 
-@command("judge")
 def main(
     ckpt: str,
     classifier_ckpt: str,
@@ -108,7 +113,3 @@ def curve(points: dict[str, dict[str, Any]], verdicts: dict[str, Verdict], path:
     axes.legend(title="beside a point: its temperature")
     figure.savefig(path)
     return path
-
-
-if __name__ == "__main__":
-    main()

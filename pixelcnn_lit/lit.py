@@ -11,10 +11,10 @@ from torchmetrics import Metric
 from pixelcnn_lit.build import Range, build
 from pixelcnn_lit.checkpoints import rebuild
 from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.machine import share_buffers
 from pixelcnn_lit.models.layers import recompute_blocks
 from pixelcnn_lit.samplers import Request
 from pixelcnn_lit.schedulers import optimization
+from pixelcnn_lit.trainer import share_buffers
 
 # What is scored or sampled in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32).
 torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from pixelcnn_lit.build import Range
-from pixelcnn_lit.checkpoints import sweep
-from pixelcnn_lit.command import Stopped
+from pixelcnn_lit.files import sweep
 from pixelcnn_lit.runs import last_checkpoint
+from pixelcnn_lit.signals import Stopped
 
 
 class Streams(Callback):

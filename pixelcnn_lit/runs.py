@@ -12,8 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from pixelcnn_lit.command import new_dir, shown
 from pixelcnn_lit.errors import UserError, first_line
+from pixelcnn_lit.run_dir import new_dir, shown
 
 CONFIG = "config.yaml"  # beside the checkpoints: all settings of the run
 CONTROLS = ("run_dir", "ckpt", "skip_completed", "debug")  # are typed for one command, and are no settings of the run

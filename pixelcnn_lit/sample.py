@@ -3,21 +3,25 @@
 A PNG grid, a row a class, the images themselves as npz and, if wanted, a GIF of the images filling up.
 """
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("sample")
+
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.lit import load
 from pixelcnn_lit.machine import best_device
 from pixelcnn_lit.pictures import animate, grid, save
+from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.samplers import require_known
 
 FRAMES = 60
 
 
-@command("sample")
 def main(ckpt: str, classes: list[int] | None, sampler: dict[str, Any], gif: bool) -> None:
     model = load(ckpt).to(best_device())
     asked = model.classes if classes is None else classes
@@ -45,7 +49,3 @@ class Filling:
         self.calls += 1
         if len(self.frames) == 2 * FRAMES:
             self.frames, self.every = self.frames[::2], 2 * self.every
-
-
-if __name__ == "__main__":
-    main()

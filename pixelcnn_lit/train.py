@@ -1,5 +1,10 @@
 """Train a density model, score it once on the test set with the weights best on validation, and say where all is."""
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("train")
+
 import json
 import math
 from pathlib import Path
@@ -9,14 +14,14 @@ import lightning as L
 
 from pixelcnn_lit.build import Range, check
 from pixelcnn_lit.callbacks import SampleGrid, Stopwatch
-from pixelcnn_lit.checkpoints import read_checkpoint, write_text
-from pixelcnn_lit.command import command, shown
+from pixelcnn_lit.checkpoints import read_checkpoint
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
+from pixelcnn_lit.files import write_text
 from pixelcnn_lit.fitting import fit, start_or_go_on
 from pixelcnn_lit.lit import DensityModel, load
+from pixelcnn_lit.run_dir import shown
 
 
-@command("train")
 def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
     start_or_go_on(train, ckpt, skip_completed, settings)
 
@@ -87,7 +92,3 @@ def closing_lines(result: dict[str, Any], directory: Path, grids: list[Path]) ->
         f"look at it:      tensorboard --logdir {shown(directory)}",
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,10 @@
 """Train a classifier, score it once on the test set with the weights best on validation, and say where all is."""
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("train_classifier")
+
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,16 +14,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.model_summary.model_summary import summarize
 
 from pixelcnn_lit.build import Range, check
-from pixelcnn_lit.checkpoints import read_checkpoint, write_text
+from pixelcnn_lit.checkpoints import read_checkpoint
 from pixelcnn_lit.classifiers.lit import Classifier, load_classifier, per_class
 from pixelcnn_lit.classifiers.pictures import show_confusion
-from pixelcnn_lit.command import command, shown
 from pixelcnn_lit.data.images import channel_statistics
 from pixelcnn_lit.data.module import image_data
+from pixelcnn_lit.files import write_text
 from pixelcnn_lit.fitting import fit, start_or_go_on
+from pixelcnn_lit.run_dir import shown
 
 
-@command("train_classifier")
 def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
     start_or_go_on(train, ckpt, skip_completed, settings)
 
@@ -81,7 +86,3 @@ def closing_lines(result: dict[str, Any], directory: Path, picture: Path) -> str
         f"confusions:      {shown(picture)}",
         f"look at it:      tensorboard --logdir {shown(directory)}",
     ])  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -2,22 +2,18 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import command
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_laws import configs, redraw
 from torch import nn
 
-import pixelcnn_lit.evaluate
-import pixelcnn_lit.judge
-import pixelcnn_lit.train
-import pixelcnn_lit.train_classifier
 from pixelcnn_lit.bayes import class_log_likelihoods, marginal, posterior, score
 from pixelcnn_lit.build import build
 from pixelcnn_lit.classifiers.judging import Read, diversity, frechet_distance, kernel_distance, nearest, read, verdict
@@ -32,15 +28,9 @@ NAMES = sorted(path.stem for path in (CONF / "classifier").glob("*.yaml"))
 TINY = ["trainer=cpu", "trainer.log_every_n_steps=1", "trainer.precision=32-true", "dataset.num_workers=0"]
 
 
-def command(main, *overrides: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["command", *overrides])
-        main()
-
-
-def one_line(main, capsys, *overrides: str) -> str:
+def one_line(name: str, capsys, *overrides: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        command(main, *overrides)
+        command(name, *overrides)
     capsys.readouterr()
     message = str(stop.value.code)
     assert "\n" not in message
@@ -52,7 +42,7 @@ def judge_run(tmp_path_factory) -> Path:
     """A narrow ResNet that has learned the digits a little."""
     directory = tmp_path_factory.mktemp("judge")
     small = ["classifier.width=8", "classifier.n_residual=1", "trainer.max_epochs=3"]
-    command(pixelcnn_lit.train_classifier.main, *TINY, *small, f"run_dir={directory}")
+    command("train_classifier", *TINY, *small, f"run_dir={directory}")
     return directory
 
 
@@ -165,7 +155,7 @@ def test_a_run_killed_and_gone_on_with_ends_like_one_never_killed(tmp_path):
 
     small = [*TINY, "classifier.width=4", "classifier.n_residual=1", "trainer.max_epochs=2"]
     small += ["trainer.limit_train_batches=5", "callbacks.last.every_n_steps=2", "dataset.batch_size=16"]
-    command(pixelcnn_lit.train_classifier.main, *small, f"run_dir={tmp_path}/whole")
+    command("train_classifier", *small, f"run_dir={tmp_path}/whole")
     whole = last_and_curve(tmp_path / "whole")
     for where, after in (("training_step", 8), ("validation_step", 1), ("validation_step", 17)):
         calls, original, directory = [], getattr(Classifier, where), tmp_path / f"{where}{after}"
@@ -179,14 +169,14 @@ def test_a_run_killed_and_gone_on_with_ends_like_one_never_killed(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Classifier, where, dying)
             with pytest.raises(Killed):
-                command(pixelcnn_lit.train_classifier.main, *small, f"run_dir={directory}")
-        command(pixelcnn_lit.train_classifier.main, f"run_dir={directory}", "ckpt=last")
+                command("train_classifier", *small, f"run_dir={directory}")
+        command("train_classifier", f"run_dir={directory}", "ckpt=last")
         cut = last_and_curve(directory)
         assert cut[1] == whole[1]
         assert val_figures(directory) == val_figures(tmp_path / "whole")
         assert all(torch.equal(whole[0][key], cut[0][key]) for key in whole[0] | cut[0])
     longer = ["trainer.max_epochs=3", f"run_dir={tmp_path}/whole", "ckpt=last"]
-    command(pixelcnn_lit.train_classifier.main, *longer)
+    command("train_classifier", *longer)
     assert json.loads((tmp_path / "whole" / "result.json").read_text())["epochs"] == 3
 
 
@@ -205,13 +195,13 @@ def last_and_curve(directory: Path) -> tuple[dict, set]:
 
 def test_mistakes_get_one_line(judge_run, tmp_path, capsys):
     ckpt = f"{judge_run}/checkpoints/best.ckpt"
-    said = one_line(pixelcnn_lit.train_classifier.main, capsys, *TINY, "classifier=cnn", f"run_dir={tmp_path}/a")
+    said = one_line("train_classifier", capsys, *TINY, "classifier=cnn", f"run_dir={tmp_path}/a")
     assert "wants images of 16×16 and more; type classifier=resnet" in said
-    said = one_line(pixelcnn_lit.train_classifier.main, capsys, "classifier.wdth=3", f"run_dir={tmp_path}/b")
+    said = one_line("train_classifier", capsys, "classifier.wdth=3", f"run_dir={tmp_path}/b")
     assert "did you mean width?" in said
-    said = one_line(pixelcnn_lit.evaluate.main, capsys, f"ckpt={ckpt}", f"run_dir={tmp_path}/c")
+    said = one_line("evaluate", capsys, f"ckpt={ckpt}", f"run_dir={tmp_path}/c")
     assert "not a checkpoint of this program's density models" in said
-    said = one_line(pixelcnn_lit.judge.main, capsys, "ckpt=mnist", f"classifier_ckpt={ckpt}", f"run_dir={tmp_path}/d")
+    said = one_line("judge", capsys, "ckpt=mnist", f"classifier_ckpt={ckpt}", f"run_dir={tmp_path}/d")
     assert "its image_shape is [1, 8, 8], here it is [1, 28, 28]" in said
 
 
@@ -254,9 +244,9 @@ def test_diversity_is_within_classes_and_the_nearest_is_the_nearest():
 
 def test_judge_tells_of_each_setting_beside_real_images(judge_run, tmp_path, capsys):
     small = ["model_size=tiny", *TINY, "trainer.limit_train_batches=2", "trainer.max_epochs=1", "sampler.n_per_class=1"]
-    command(pixelcnn_lit.train.main, *small, "label_dropout=0.1", f"run_dir={tmp_path}/model")
+    command("train", *small, "label_dropout=0.1", f"run_dir={tmp_path}/model")
     command(
-        pixelcnn_lit.judge.main,
+        "judge",
         f"ckpt={tmp_path}/model/checkpoints/best.ckpt",
         f"classifier_ckpt={judge_run}/checkpoints/best.ckpt",
         "sampler.n_per_class=5",
@@ -307,10 +297,10 @@ def test_evaluate_classifies(tmp_path, capsys, digits):
     small = ["model_size=tiny", *TINY, "trainer.limit_train_batches=2", "trainer.max_epochs=1", "sampler.n_per_class=1"]
     for conditional in ("true", "false"):
         run = tmp_path / conditional
-        command(pixelcnn_lit.train.main, *small, f"model.conditional={conditional}", f"run_dir={run}")
+        command("train", *small, f"model.conditional={conditional}", f"run_dir={run}")
     asked = ["task=classify", "n_images=20"]
     ckpt = f"ckpt={tmp_path}/true/checkpoints/best.ckpt"
-    command(pixelcnn_lit.evaluate.main, ckpt, *asked, f"run_dir={tmp_path}/out")
+    command("evaluate", ckpt, *asked, f"run_dir={tmp_path}/out")
     told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     model, data = load(ckpt.removeprefix("ckpt=")), digits
     some = data.test[torch.randperm(250, generator=torch.Generator().manual_seed(0))[:20]]
@@ -325,13 +315,13 @@ def test_evaluate_classifies(tmp_path, capsys, digits):
     halves = {"train_images": noise, "train_labels": labels, "test_images": noise[:40], "test_labels": labels[:40]}
     np.savez(tmp_path / "noise.npz", **halves)
     both = [ckpt, "task=novelty", "n_images=20", *beside]
-    command(pixelcnn_lit.evaluate.main, *both, "beside.levels=17", f"run_dir={tmp_path}/new")
+    command("evaluate", *both, "beside.levels=17", f"run_dir={tmp_path}/new")
     told = json.loads((tmp_path / "new" / "evaluation.json").read_text())
     assert told["bpd"] < told["bpd_beside"]
     assert told["auroc"] > 0.5
     assert (tmp_path / "new" / "novelty.png").is_file()
-    said = one_line(pixelcnn_lit.evaluate.main, capsys, *both, f"run_dir={tmp_path}/levels")
+    said = one_line("evaluate", capsys, *both, f"run_dir={tmp_path}/levels")
     assert "dataset@beside: images [1, 8, 8] of 256 levels" in said
-    assert "type both" in one_line(pixelcnn_lit.evaluate.main, capsys, ckpt, *beside, f"run_dir={tmp_path}/alone")
+    assert "type both" in one_line("evaluate", capsys, ckpt, *beside, f"run_dir={tmp_path}/alone")
     ckpt = f"ckpt={tmp_path}/false/checkpoints/best.ckpt"
-    assert "knows no classes" in one_line(pixelcnn_lit.evaluate.main, capsys, ckpt, *asked, f"run_dir={tmp_path}/no")
+    assert "knows no classes" in one_line("evaluate", capsys, ckpt, *asked, f"run_dir={tmp_path}/no")

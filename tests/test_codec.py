@@ -2,16 +2,14 @@
 
 import json
 import math
-import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from helpers import command
 from test_laws import PAIRS, configs, redraw
 
-import pixelcnn_lit.compress
-import pixelcnn_lit.decompress
 from pixelcnn_lit import codec
 from pixelcnn_lit.checkpoints import write_weights
 from pixelcnn_lit.codec import CRC, HEADER, MAGIC, Header, compress, decompress
@@ -187,12 +185,6 @@ def test_what_goes_in_comes_out_on_a_gpu():
     assert_comes_back(model, images_of(model, 5), 2)
 
 
-def command(main, *overrides: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["command", *overrides])
-        main()
-
-
 def test_the_commands_write_and_read_npz_and_folders(tmp_path, capsys):
     model = model_of("pixelcnn", "categorical", (3, 6, 6))
     ckpt = f"{tmp_path}/model.safetensors"
@@ -204,19 +196,19 @@ def test_the_commands_write_and_read_npz_and_folders(tmp_path, capsys):
     here = f"run_dir={tmp_path}/run"
     for source in ("unlabelled.npz", "a.npz"):
         asked = [f"images={tmp_path}/{source}", f"out={tmp_path}/a.plc", here]
-        command(pixelcnn_lit.compress.main, f"ckpt={ckpt}", *asked)
+        command("compress", f"ckpt={ckpt}", *asked)
         said = capsys.readouterr().out
         assert "WebP lossless" in said
         assert "overhead" in said
         asked = [f"file={tmp_path}/a.plc", f"out={tmp_path}/b.npz", here]
-        command(pixelcnn_lit.decompress.main, f"ckpt={ckpt}", *asked)
+        command("decompress", f"ckpt={ckpt}", *asked)
         back = np.load(tmp_path / "b.npz")
         assert (back["images"] == pixels).all()
         assert source != "a.npz" or (back["labels"] == images.y.numpy()).all()
     asked = [f"file={tmp_path}/a.plc", f"out={tmp_path}/folder", here]
-    command(pixelcnn_lit.decompress.main, f"ckpt={ckpt}", *asked)
+    command("decompress", f"ckpt={ckpt}", *asked)
     asked = [f"images={tmp_path}/folder", f"out={tmp_path}/c.plc", here]
-    command(pixelcnn_lit.compress.main, f"ckpt={ckpt}", *asked)
+    command("compress", f"ckpt={ckpt}", *asked)
     by_class = images.y.argsort(stable=True)
     back = decompress(model, (tmp_path / "c.plc").read_bytes(), "file=c.plc")
     assert torch.equal(back.x, images.x[by_class])  # folder after folder
@@ -230,5 +222,5 @@ def test_the_commands_write_and_read_npz_and_folders(tmp_path, capsys):
         ("n_images=-1", "n_images=-1: must be"),
     ):
         with pytest.raises(SystemExit) as stop:
-            command(pixelcnn_lit.compress.main, f"ckpt={ckpt}", *asked, wrong)
+            command("compress", f"ckpt={ckpt}", *asked, wrong)
         assert said in str(stop.value.code)

@@ -10,15 +10,11 @@ from typing import Annotated
 import numpy as np
 import pytest
 import torch
+from helpers import command
 from omegaconf import OmegaConf
 
-import pixelcnn_lit.evaluate
-import pixelcnn_lit.sample
-import pixelcnn_lit.train
 from pixelcnn_lit.build import Range, fits, resolve
 from pixelcnn_lit.errors import UserError
-
-MAINS = {"train": pixelcnn_lit.train, "sample": pixelcnn_lit.sample, "evaluate": pixelcnn_lit.evaluate}
 
 
 @pytest.fixture
@@ -27,9 +23,8 @@ def run(monkeypatch, tmp_path, capsys):
 
     def run(name: str, *overrides: str) -> tuple[int, str]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [name, *overrides])
         try:
-            MAINS[name].main()
+            command(name, *overrides)
             code = 0
         except SystemExit as stop:
             code = 1 if isinstance(stop.code, str) else int(stop.code or 0)
@@ -44,11 +39,7 @@ def run(monkeypatch, tmp_path, capsys):
 def checkpoint(tmp_path_factory) -> str:
     """A digits checkpoint of one step."""
     directory = tmp_path_factory.mktemp("run")
-    argv, sys.argv = sys.argv, ["train", *TINY, f"run_dir={directory}"]
-    try:
-        pixelcnn_lit.train.main()
-    finally:
-        sys.argv = argv
+    command("train", *TINY, f"run_dir={directory}")
     return str(directory / "checkpoints" / "best.ckpt")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import command
 
 from pixelcnn_lit.checkpoints import read_checkpoint
 
@@ -39,15 +40,12 @@ processes.set_forkserver_preload(["pixelcnn_lit.train"])
 
 
 def _train(directory: Path, overrides: list[str], environment: dict[str, str]) -> None:
-    import pixelcnn_lit.train
-
     os.environ.update(environment)
     directory.mkdir(exist_ok=True)
     output = os.open(directory / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1), os.dup2(output, 2)
     torch.set_num_threads(1)
-    sys.argv = ["train", f"run_dir={directory}", *overrides]
-    pixelcnn_lit.train.main()
+    command("train", f"run_dir={directory}", *overrides)
 
 
 def start(directory: Path, *overrides: str, **environment: str):
@@ -153,8 +151,8 @@ def test_under_slurm_lightnings_requeue_works(tmp_path, whole):
 
 
 def test_a_signal_before_training_stops_without_a_traceback(tmp_path):
-    code = "import os, signal, pixelcnn_lit.data.module as m, pixelcnn_lit.train as t\n"
-    code += "t.image_data = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\nt.main()"
+    code = "import os, signal, pixelcnn_lit.command, pixelcnn_lit.train as t\n"
+    code += "t.image_data = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\npixelcnn_lit.command.run('train')"
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 143
     assert "Traceback" not in ended.stderr

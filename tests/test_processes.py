@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from pixelcnn_lit.checkpoints import read_checkpoint
-from pixelcnn_lit.machine import make_trainer
 from pixelcnn_lit.resume import LastCheckpoint, Stopped
+from pixelcnn_lit.trainer import make_trainer
 
 pytestmark = pytest.mark.slow
 DDP = ["trainer=ddp", "trainer.accelerator=cpu"]

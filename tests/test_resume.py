@@ -6,21 +6,20 @@ import math
 import os
 import random
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import command
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import pixelcnn_lit.train
 from pixelcnn_lit.checkpoints import read_checkpoint
-from pixelcnn_lit.command import new_dir
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.resume import Streams
+from pixelcnn_lit.run_dir import new_dir
 from pixelcnn_lit.runs import alone_in
 
 # 5 batches an epoch, 3 epochs, dropout, workers, an average of the weights: all that has a state.
@@ -47,9 +46,7 @@ class Killed(Exception):
 
 
 def train(directory: Path, *overrides: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train", f"run_dir={directory}", *overrides])
-        pixelcnn_lit.train.main()
+    command("train", f"run_dir={directory}", *overrides)
 
 
 def killed(directory: Path, overrides: list[str], where: str, after: int) -> None:
@@ -192,8 +189,7 @@ def test_a_run_goes_on_from_the_path_of_its_checkpoint_alone(tmp_path, whole, mo
     monkeypatch.chdir(tmp_path)
     for name, after in (("last", 13), ("best", 12)):
         killed(tmp_path / name, RUN, "training_step", after)
-        monkeypatch.setattr(sys, "argv", ["train", f"ckpt={name}/checkpoints/{name}.ckpt"])
-        pixelcnn_lit.train.main()
+        command("train", f"ckpt={name}/checkpoints/{name}.ckpt")
         assert_same(final(tmp_path / name), final(whole("plain")))
 
 

@@ -16,6 +16,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from helpers import command
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
@@ -47,14 +48,8 @@ TINY = [
 ]
 
 
-def command(monkeypatch, main, *overrides: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["command", *overrides])
-    main()
-
-
 def one_run(directory: Path, *overrides: str) -> dict:
-    with pytest.MonkeyPatch.context() as patch:
-        command(patch, pixelcnn_lit.train.main, *TINY, "trainer.max_epochs=2", f"run_dir={directory}", *overrides)
+    command("train", *TINY, "trainer.max_epochs=2", f"run_dir={directory}", *overrides)
     return json.loads((directory / "result.json").read_text())
 
 
@@ -143,7 +138,7 @@ def test_evaluate_reproduces_the_figures_of_the_run(run, monkeypatch, tmp_path, 
     for split, key in (("test", "test/bpd"), ("validation", "val/bpd")):
         checkpoint = f"ckpt={run}/checkpoints/best.ckpt"
         out = [f"run_dir={tmp_path / split}", "trainer=cpu"]
-        command(monkeypatch, pixelcnn_lit.evaluate.main, checkpoint, f"split={split}", *out)
+        command("evaluate", checkpoint, f"split={split}", *out)
         scored = json.loads((tmp_path / split / "evaluation.json").read_text())
         assert scored["images"] == 250
         assert scored["bpd"] == pytest.approx(result[key], abs=1e-6)
@@ -164,10 +159,10 @@ def test_evaluate_scores_any_split_and_takes_the_datasets_own_settings(tmp_path,
     """A binarized training split too: training gathers grey images, scoring the drawn ones."""
     one_run(tmp_path / "run", "dataset.levels=2", "dataset.binarization=dynamic")
     asked = [f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "split=train", "dataset.batch_size=100", "trainer=cpu"]
-    command(monkeypatch, pixelcnn_lit.evaluate.main, *asked, f"run_dir={tmp_path}/a")
+    command("evaluate", *asked, f"run_dir={tmp_path}/a")
     assert json.loads((tmp_path / "a" / "evaluation.json").read_text())["images"] == 1297
     limited = [*asked, "trainer.limit_test_batches=2", f"run_dir={tmp_path}/b"]
-    command(monkeypatch, pixelcnn_lit.evaluate.main, *limited)
+    command("evaluate", *limited)
     assert json.loads((tmp_path / "b" / "evaluation.json").read_text())["images"] == 200
 
 
@@ -179,7 +174,7 @@ def archive(path: Path) -> dict[str, np.ndarray]:
 def test_sample_draws_the_asked_classes_and_the_same_ones_again(run, monkeypatch, tmp_path):
     asked = [f"ckpt={run}/checkpoints/best.ckpt", "classes=[3,7]", "sampler.n_per_class=2", "sampler.temperature=0.6"]
     for name in ("a", "b"):
-        command(monkeypatch, pixelcnn_lit.sample.main, *asked, f"run_dir={tmp_path / name}")
+        command("sample", *asked, f"run_dir={tmp_path / name}")
     a, b = (archive(tmp_path / name / "samples.npz") for name in ("a", "b"))
     assert a["images"].shape == (4, 8, 8, 1)
     assert a["labels"].tolist() == [3, 3, 7, 7]
@@ -189,7 +184,7 @@ def test_sample_draws_the_asked_classes_and_the_same_ones_again(run, monkeypatch
 
 def test_sample_shows_the_images_filling_up(run, monkeypatch, tmp_path):
     asked = [f"ckpt={run}/checkpoints/best.ckpt", "sampler.n_per_class=1", "gif=true", f"run_dir={tmp_path}"]
-    command(monkeypatch, pixelcnn_lit.sample.main, *asked)
+    command("sample", *asked)
     with Image.open(tmp_path / "samples.gif") as film, Image.open(tmp_path / "samples.png") as still:
         assert film.n_frames > 20
         film.seek(film.n_frames - 1)
@@ -199,7 +194,7 @@ def test_sample_shows_the_images_filling_up(run, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("keep", "conditional"), [("top_half", True), ("bottom_half", False), ("left_half", False)])
 def test_completions_keep_what_is_known_and_score_the_rest(run, monkeypatch, tmp_path, capsys, keep, conditional):
     asked = [f"ckpt={run}/checkpoints/best.ckpt", f"keep={keep}", "n_images=3", f"run_dir={tmp_path}"]
-    command(monkeypatch, pixelcnn_lit.complete.main, *asked)
+    command("complete", *asked)
     result = json.loads((tmp_path / "completions.json").read_text())
     assert ("bpd of the completions" in result) == conditional
     assert ("not the conditional" in capsys.readouterr().out) != conditional
@@ -219,7 +214,7 @@ def test_a_png_is_completed_where_its_mask_is_black(run, monkeypatch, tmp_path):
     drawn = []
     draw = DensityModel.draw
     monkeypatch.setattr(DensityModel, "draw", lambda *a, **own: drawn.append(draw(*a, **own)) or drawn[-1])
-    command(monkeypatch, pixelcnn_lit.complete.main, *asked, "label=5", "sampler.n_per_class=3", f"run_dir={tmp_path}")
+    command("complete", *asked, "label=5", "sampler.n_per_class=3", f"run_dir={tmp_path}")
     kept = torch.from_numpy(picture.astype(int) * 17 // 256)[:, :4]
     assert drawn[0].shape == (1, 3, 1, 8, 8)
     assert all(torch.equal(image[0, :, :4].int(), kept.int()) for image in drawn[0][0])
@@ -245,7 +240,7 @@ def test_a_completion_that_cannot_be_gets_one_line(run, monkeypatch, tmp_path, a
     monkeypatch.chdir(tmp_path)
     Image.new("L", (4, 4)).save("small.png"), Image.new("L", (8, 8)).save("right.png")
     with pytest.raises(SystemExit, match=re.escape(message)):
-        command(monkeypatch, pixelcnn_lit.complete.main, f"ckpt={run}/checkpoints/best.ckpt", *asked)
+        command("complete", f"ckpt={run}/checkpoints/best.ckpt", *asked)
 
 
 def test_exported_weights_draw_the_same_and_say_nothing_of_the_machine(run, monkeypatch, tmp_path):
@@ -255,7 +250,7 @@ def test_exported_weights_draw_the_same_and_say_nothing_of_the_machine(run, monk
     model = DensityModel(**hparams | {"dataset": hparams["dataset"] | places})
     model.load_state_dict(load(best).state_dict())
     monkeypatch.setattr(pixelcnn_lit.export, "load", lambda ckpt: model)
-    command(monkeypatch, pixelcnn_lit.export.main, f"ckpt={best}", f"out={out}")
+    command("export", f"ckpt={best}", f"out={out}")
     assert load(out).hparams["dataset"] == hparams["dataset"] | {"name": "x"}
     assert b"/home/me" not in Path(out).read_bytes()
     sampler = {"_target_": "pixelcnn_lit.samplers.draw"}
@@ -266,7 +261,7 @@ def test_rounded_weights_are_near_and_their_files_small(run, monkeypatch, tmp_pa
     best, out = str(run / "checkpoints" / "best.ckpt"), tmp_path / "x.safetensors"
     whole, sizes, read = load(best).state_dict(), {}, {}
     for dtype in ("float32", "float16", "int8"):
-        command(monkeypatch, pixelcnn_lit.export.main, f"ckpt={best}", f"out={out}", f"dtype={dtype}")
+        command("export", f"ckpt={best}", f"out={out}", f"dtype={dtype}")
         sizes[dtype], read[dtype] = out.stat().st_size, load(str(out)).state_dict()
     assert sizes["float16"] < 0.6 * sizes["float32"]
     assert sizes["int8"] < 0.45 * sizes["float32"]  # much of so small a model is not in int8
@@ -290,11 +285,11 @@ def test_weights_too_large_for_half_precision_are_refused(run, monkeypatch, tmp_
     next(model.parameters()).data.flatten()[0] = 1e5
     monkeypatch.setattr(pixelcnn_lit.export, "load", lambda ckpt: model)
     with pytest.raises(SystemExit, match="too large for float16; type dtype=float32"):
-        command(monkeypatch, pixelcnn_lit.export.main, "ckpt=x", f"out={tmp_path}/x.safetensors", "dtype=float16")
+        command("export", "ckpt=x", f"out={tmp_path}/x.safetensors", "dtype=float16")
 
 
 def test_the_weights_the_package_brings_along_draw_digits(monkeypatch, tmp_path):
-    command(monkeypatch, pixelcnn_lit.sample.main, "ckpt=mnist", "classes=[7]", f"run_dir={tmp_path}")
+    command("sample", "ckpt=mnist", "classes=[7]", f"run_dir={tmp_path}")
     assert archive(tmp_path / "samples.npz")["images"].shape == (2, 28, 28, 1)
 
 
@@ -311,14 +306,14 @@ def test_the_weights_the_package_brings_along_are_small_and_say_nothing_of_a_mac
 def test_a_name_that_no_weights_have_gets_one_line(monkeypatch):
     brought = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.safetensors")))
     with pytest.raises(SystemExit, match=re.escape(f"type the path of a .ckpt or .safetensors, {brought}")):
-        command(monkeypatch, pixelcnn_lit.sample.main, "ckpt=mnits")
+        command("sample", "ckpt=mnits")
 
 
 @pytest.mark.real_data
 @pytest.mark.skipif("PIXELCNN_DATA" not in os.environ, reason="set PIXELCNN_DATA to a folder with MNIST/raw")
 def test_the_weights_the_package_brings_along_score_what_their_card_says(monkeypatch, tmp_path):
     asked = ["ckpt=mnist", f"dataset.root={os.environ['PIXELCNN_DATA']}", f"run_dir={tmp_path}"]
-    command(monkeypatch, pixelcnn_lit.evaluate.main, *asked)
+    command("evaluate", *asked)
     bpd = json.loads((tmp_path / "evaluation.json").read_text())["bpd"]
     assert f"test {bpd:.4f} bpd" in (WEIGHTS / "README.md").read_text()
 
@@ -326,13 +321,13 @@ def test_the_weights_the_package_brings_along_score_what_their_card_says(monkeyp
 def test_guidance_of_a_model_trained_with_label_dropout_draws(tmp_path, monkeypatch):
     one_run(tmp_path / "run", "label_dropout=0.5")
     asked = [f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "sampler.guidance_scale=3", f"run_dir={tmp_path}/out"]
-    command(monkeypatch, pixelcnn_lit.sample.main, *asked)
+    command("sample", *asked)
     assert archive(tmp_path / "out" / "samples.npz")["images"].shape == (20, 8, 8, 1)
 
 
 def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeypatch, capsys):
     small = ["model_size=tiny", "model.norm=batch", "image_shape=[1,6,6]", "batch_size=2", "rounds=1"]
-    command(monkeypatch, pixelcnn_lit.benchmark.main, *small, f"run_dir={tmp_path}")
+    command("benchmark", *small, f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "benchmark.json").read_text())
     samplers = ("one forward", "naive", "cached", "cached, bf16", "compress", "decompress", "fixed_point")
     assert set(result["sampling"]) == {f"sampling, {n}" for n in samplers}
@@ -509,7 +504,7 @@ def test_a_first_step_may_take_all_the_time():
 
 def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
     race = ["experiment=mnist_race", "dataset=digits", "model_size=tiny", "trainer.max_time=00:00:00:04"]
-    command(monkeypatch, pixelcnn_lit.train.main, *race, "trainer.log_every_n_steps=1", f"run_dir={tmp_path}")
+    command("train", *race, "trainer.log_every_n_steps=1", f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["val/images"] == result["test/images"] == 250
     assert result["epochs"] < 1000
@@ -526,7 +521,7 @@ def test_a_recipe_for_a_gpu_takes_a_few_steps_on_a_cpu(tmp_path, monkeypatch, re
     np.savez(tmp_path / "x.npz", train_images=x, train_labels=y, test_images=x[:2], test_labels=y[:2])
     few = ["dataset=npz", f"dataset.path={tmp_path}/x.npz", "dataset.batch_size=2", "dataset.num_workers=0"]
     small = ["compile=false", "model.hidden_channels=8", "trainer.max_steps=2", "~callbacks.samples"]
-    command(monkeypatch, pixelcnn_lit.train.main, f"experiment={recipe}", *few, *small, f"run_dir={tmp_path}/run")
+    command("train", f"experiment={recipe}", *few, *small, f"run_dir={tmp_path}/run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["steps"] == 2
     assert math.isfinite(result["test/bpd"])
@@ -542,7 +537,7 @@ def test_a_colour_model_trains_is_scored_and_draws(tmp_path, monkeypatch, likeli
     most = 11 if likelihood == "logistic_mixture" else 9  # its components start on greys
     assert 7.5 < result["test/bpd"] < most  # the images are noise: 8 bits, and no less can be learnt
     assert result["test/images"] == 9
-    command(monkeypatch, pixelcnn_lit.sample.main, f"ckpt={result['checkpoint']}", f"run_dir={tmp_path}/out")
+    command("sample", f"ckpt={result['checkpoint']}", f"run_dir={tmp_path}/out")
     assert archive(tmp_path / "out" / "samples.npz")["images"].shape == (6, 5, 4, 3)
 
 
@@ -584,7 +579,7 @@ def test_a_sweep_leaves_a_table_and_names_its_failed_jobs(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     sweep = [*TINY, "trainer.max_epochs=1", "~callbacks.samples"]
     with pytest.raises(SystemExit):
-        command(monkeypatch, pixelcnn_lit.train.main, "-m", *sweep, "model.n_residual=-1,1,2")
+        command("train", "-m", *sweep, "model.n_residual=-1,1,2")
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["summarize", str(tmp_path)])
     pixelcnn_lit.summarize.main()

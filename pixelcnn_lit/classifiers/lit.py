@@ -11,8 +11,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pixelcnn_lit.build import build
 from pixelcnn_lit.checkpoints import rebuild
-from pixelcnn_lit.machine import share_buffers
 from pixelcnn_lit.schedulers import optimization
+from pixelcnn_lit.trainer import share_buffers
 
 
 class Classifier(L.LightningModule):

@@ -3,17 +3,21 @@
 python -m pixelcnn_lit.data dataset=cifar10
 """
 
+from pixelcnn_lit.launch import launch
+
+if __name__ == "__main__":
+    launch("data")
+
 import time
 from itertools import islice
 from typing import Any
 
-from pixelcnn_lit.command import command, run_dir, shown
 from pixelcnn_lit.data.images import channel_statistics, first_of_each_class
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.pictures import grid, save
+from pixelcnn_lit.run_dir import run_dir, shown
 
 
-@command("data")
 def main(dataset: dict[str, Any]) -> None:
     data = image_data(dataset)
     data.setup()
@@ -39,7 +43,3 @@ def loader_speed(data: ImageData) -> float:
     began = time.perf_counter()
     images = sum(len(y) for _, y in islice(data.train_dataloader(), 300))
     return images / (time.perf_counter() - began)
-
-
-if __name__ == "__main__":
-    main()

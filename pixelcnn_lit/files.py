@@ -1,0 +1,39 @@
+"""Files that are whole or absent."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+UNFINISHED = ".tmp-"  # how the name of a file begins while it is written
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[IO[bytes]]:
+    """A file to write in the place of `target`: beside it, flushed to the disk, renamed.
+
+    A kill at any moment leaves the earlier file as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{UNFINISHED}{os.getpid()}-{target.name}")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """`text` and a newline as the file `target`, whole or not at all."""
+    with whole(target) as file:
+        file.write(f"{text}\n".encode())
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a killed run left unfinished."""
+    for stale in directory.glob(f"{UNFINISHED}*"):
+        stale.unlink()

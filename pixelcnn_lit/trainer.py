@@ -1,0 +1,55 @@
+"""The Lightning Trainer of a config."""
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from pixelcnn_lit.build import check
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.machine import fast_bf16
+
+
+def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
+    """A Trainer from conf/trainer. `precision: auto` becomes bf16 where the machine is fast at it."""
+    settings = dict(config)
+    if settings.get("precision") == "auto":
+        settings["precision"] = "bf16-mixed" if fast_bf16(settings.get("accelerator", "auto")) else "32-true"
+    if settings.get("enable_progress_bar") is None:
+        settings["enable_progress_bar"] = sys.stdout.isatty()
+    own = {**extra, "use_distributed_sampler": False, "enable_model_summary": False}
+    for key in own.keys() & settings.keys():
+        raise UserError(f"trainer.{key}: is set by the program; leave it out")
+    check("trainer", L.Trainer, settings)
+    if settings.get("accumulate_grad_batches", 1) < 1:
+        raise UserError("trainer.accumulate_grad_batches=0: must be a whole number >= 1")
+    # Lightning's own tips and notes bury the result.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Our loaders stride over the ranks themselves; gathering whole batches needs few workers.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.15
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # renamed in torch 2.15, not yet in 2.11
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # as it is when a run goes on
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # see resume.LastCheckpoint
+    try:
+        trainer = L.Trainer(**settings, **own)
+    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())} (trainer=auto fits any machine)") from error
+    if isinstance(trainer.strategy, DDPStrategy):
+        # Validation runs through the wrapper; its broadcast of buffers waits for ever for ranks without a batch left.
+        trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
+    return trainer
+
+
+def share_buffers(trainer: L.Trainer, net: nn.Module) -> None:
+    """BatchNorm's statistics are each process's own; let those be scored that are saved, which are the first one's."""
+    if trainer.world_size > 1:
+        for buffer in net.buffers():
+            torch.distributed.broadcast(buffer, src=0)
