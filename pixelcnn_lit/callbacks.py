@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from pixelcnn_lit.pictures import grid, save
 from pixelcnn_lit.run_dir import shown
 from pixelcnn_lit.runs import last_checkpoint
 from pixelcnn_lit.samplers import refuse_steering
+from pixelcnn_lit.signals import Stopped, stop_if_noted
 
 
 class SampleGrid(Callback):
@@ -52,11 +54,12 @@ class SampleGrid(Callback):
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         due = due and not isinstance(trainer.strategy, FSDPStrategy)  # whose weights lie in pieces until the end
         if due and trainer.is_global_zero and not trainer.sanity_checking:
-            self.draw(trainer, pl_module)
+            with suppress(Stopped):  # LastCheckpoint ends the run, where all processes agree to
+                self.draw(trainer, pl_module)
 
     def draw(self, trainer: L.Trainer, model: DensityModel) -> Path:
-        """Draw with `model` on the training device; returns the PNG's path."""
-        images = model.to(trainer.strategy.root_device).draw(self.sampler)
+        """Draw with `model` on the training device; returns the PNG's path. Raises Stopped once a signal is noted."""
+        images = model.to(trainer.strategy.root_device).draw(self.sampler, watch=lambda images: stop_if_noted())
         return self._show(trainer, "samples", grid(images, model.levels))
 
     @staticmethod

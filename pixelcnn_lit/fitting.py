@@ -24,7 +24,7 @@ from pixelcnn_lit.errors import UserError, first_line
 from pixelcnn_lit.files import write_text
 from pixelcnn_lit.resume import Streams
 from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.runs import CONFIG, alone_in, saved_settings, starting_point, stopped_at, typed_settings
+from pixelcnn_lit.runs import CONFIG, alone_in, last_checkpoint, saved_settings, starting_point, typed_settings
 from pixelcnn_lit.signals import Stopped
 from pixelcnn_lit.trainer import make_trainer
 
@@ -63,7 +63,7 @@ def completed(directory: Path, typed: list[str]) -> bool:
 
 @rank_zero_only
 def say_how_to_go_on(directory: Path) -> None:
-    if stopped_at(directory):
+    if last_checkpoint(directory).is_file():
         command, run = HydraConfig.get().job.config_name, shlex.quote(f"run_dir={shown(directory)}")
         print(f"stopped; to go on, type: python -m pixelcnn_lit.{command} {run} ckpt=last")
     else:
@@ -110,14 +110,12 @@ def fit(
         default_root_dir=directory,
     )
     require_scores(trainer, *module.MONITOR)
-    forget_requeued(trainer, directory, but=start)
     try:
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if start and not begun.training:  # what Lightning restores from it is not what it should be
             raise UserError(f"ckpt={start}: cannot be gone on from ({first_line(error)})") from error
         raise
-    forget_requeued(trainer, directory)
     kept = trainer.checkpoint_callback
     if not isinstance(kept, ModelCheckpoint) or not Path(kept.best_model_path).is_file():
         raise UserError("nothing was trained and validated in this run: type a larger trainer.max_epochs")
@@ -138,14 +136,6 @@ class Begun(Callback):
         if trainer.is_global_zero:
             write_text(self.directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.settings)))
             (self.directory / "result.json").unlink(missing_ok=True)
-
-
-def forget_requeued(trainer: L.Trainer, directory: Path, but: Path | None = None) -> None:
-    """What Lightning saved for Slurm it would take before all others, and even test in the place of the best."""
-    if trainer.is_global_zero:
-        for path in stopped_at(directory):
-            if path != but and path.name.startswith("hpc_ckpt_"):
-                path.unlink()
 
 
 def require_scores(trainer: L.Trainer, monitor: str, mode: str) -> None:

@@ -1,8 +1,9 @@
 """What lets a run that was cut off end as if nothing had happened, bit for bit. Tried with Lightning 2.6."""
 
+import os
 import random
 import signal
-import threading
+import subprocess
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from pixelcnn_lit.build import Range
+from pixelcnn_lit.errors import first_line
 from pixelcnn_lit.files import sweep
 from pixelcnn_lit.runs import last_checkpoint
-from pixelcnn_lit.signals import Stopped
+from pixelcnn_lit.signals import Stopped, note_signals, noted
 
 
 class Streams(Callback):
@@ -39,8 +41,12 @@ class LastCheckpoint(Checkpoint):
     """Keeps the checkpoint from which a run goes on, bit for bit.
 
     It is written before each validation (so that a validation that is cut off is run again), every
-    `every_n_minutes` or `every_n_steps` in between, and on SIGINT and SIGTERM, which then end the run with exit code
-    130 or 143. All this happens between two optimizer steps and nowhere else.
+    `every_n_minutes` or `every_n_steps` in between, and on SIGINT, SIGTERM and SIGUSR1, which then end the run with
+    exit code 130, 143 or 138. All this happens between two optimizer steps and nowhere else.
+
+    A signal is noted when it strikes. It is obeyed after an optimizer step, or between two batches of an evaluation
+    that a resumed run would repeat; of several processes that is after every tenth step, and where all of them agree.
+    At SIGUSR1, which Slurm sends before the time is over (`sbatch --signal=USR1@120`), the job is requeued.
     """
 
     def __init__(
@@ -52,23 +58,15 @@ class LastCheckpoint(Checkpoint):
         self.path = last_checkpoint(Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._asked = 0  # the number of the signal that asked the run to stop
         self._owed = False  # whether the epoch that ends is still to be saved
-        self._safe = True  # whether a validation may be cut off: a run that goes on may begin with one
+        self._safe = True  # whether all is saved: a run that goes on may begin with a validation
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             sweep(self.path.parent)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._batches(trainer).start = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._ask)
-            signal.signal(signal.SIGTERM, self._ask)  # under Slurm, too; SIGUSR1, at which it requeues, is Lightning's
-
-    def _ask(self, signum: int, frame: Any) -> None:
-        if self._asked:  # somebody is in a hurry
-            raise Stopped(signum)
-        self._asked = signum
+        note_signals()
 
     @staticmethod
     def _batches(trainer: L.Trainer) -> Any:
@@ -91,31 +89,54 @@ class LastCheckpoint(Checkpoint):
             return
         if validation or late or stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self._save(trainer)
-            self._safe = True
         if stop:
-            raise Stopped(stop)
+            self._stop(trainer, stop)
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.path)
-        self._saved_at, self._owed = time.monotonic(), False
+        self._saved_at, self._owed, self._safe = time.monotonic(), False, True
 
     def _agreed(self, trainer: L.Trainer) -> tuple[int, bool]:
         """The signal that asks to stop, and whether it is time to save: the same answers in every process."""
         late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
         if trainer.world_size == 1:
-            return self._asked, late
-        answers = torch.tensor([self._asked, int(late)], device=trainer.strategy.root_device)
+            return noted(), late
+        answers = torch.tensor([noted(), int(late)], device=trainer.strategy.root_device)
         asked, late = trainer.strategy.reduce(answers, reduce_op="max").tolist()  # pyright: ignore
         return asked, bool(late)
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         asked, _ = self._agreed(trainer)
         if asked:
-            raise Stopped(asked)
+            self._stop(trainer, asked)
 
-    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        if self._asked and self._safe and trainer.world_size == 1:
-            raise Stopped(self._asked)  # it was saved before this validation, which will be run again
+    def _stop(self, trainer: L.Trainer, signum: int) -> None:
+        """End the run, whose last checkpoint is written."""
+        if not trainer.is_global_zero:
+            raise SystemExit  # with 0: at any other code Lightning kills the first process, which may not be done
+        if signum == getattr(signal, "SIGUSR1", None):
+            requeue()
+        raise Stopped(signum)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Learn how many batches every process has, the last of which can be missing in some."""
+        batches = [sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)]
+        fewest = -torch.tensor(batches, device=trainer.strategy.root_device)
+        self._common_batches = -int(trainer.strategy.reduce(fewest, reduce_op="max"))  # pyright: ignore
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._safe and batch_idx < self._common_batches:
+            self._stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._safe:
+            self._stop_if_asked(trainer)  # a sample grid may have been left unfinished
+
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_end = on_validation_end
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         loop, validation = trainer.fit_loop, _validation_is_due(trainer)
@@ -166,6 +187,20 @@ class LastCheckpoint(Checkpoint):
                 for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
                     state[key] = state[key] and str(here / Path(state[key]).name)
                 state["best_k_models"] = {str(here / Path(k).name): v for k, v in state["best_k_models"].items()}
+
+
+def requeue() -> None:
+    """Ask Slurm to run this job again, if it is one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if not job:
+        return
+    command = ["scontrol", "requeue", job]
+    try:
+        subprocess.run(command, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"{' '.join(command)}: failed ({first_line(error)})", flush=True)
 
 
 def _validation_is_due(trainer: L.Trainer) -> bool:

@@ -39,21 +39,15 @@ def last_checkpoint(directory: Path) -> Path:
     return directory / "checkpoints" / "last.ckpt"
 
 
-def stopped_at(directory: Path) -> list[Path]:
-    """Where a run could go on from, the newest first: last.ckpt, and what Lightning saved as Slurm ended the job."""
-    saved = [path for path in (last_checkpoint(directory), *directory.glob("hpc_ckpt_*.ckpt")) if path.is_file()]
-    return sorted(saved, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-
-
 def starting_point(directory: Path, ckpt: str | None, or_anew: bool) -> Path | None:
     """The checkpoint to go on from in `directory`, or None to start; `or_anew` takes what there is."""
-    saved = stopped_at(directory)
     if ckpt in (None, "last"):
-        if saved and (ckpt or or_anew or "SLURM_RESTART_COUNT" in os.environ):
-            return saved[0]
+        last = last_checkpoint(directory)
+        if last.is_file() and (ckpt or or_anew or "SLURM_RESTART_COUNT" in os.environ):
+            return last
         if ckpt:
             raise UserError(f"run_dir={shown(directory)}: nothing was saved there yet; leave out ckpt=last")
-        if saved:
+        if last.is_file():
             raise UserError(f"run_dir={shown(directory)}: holds a run; type ckpt=last to go on, or another run_dir")
         return None
     path = Path(str(ckpt))

@@ -1,83 +1,92 @@
-"""SIGINT, SIGTERM and SIGUSR1: a handler notes them or ends the program, and does nothing else.
+"""SIGINT, SIGTERM and SIGUSR1: a handler ends the program, raises or takes a note, and does nothing else.
 
-What locks, writes or logs in a handler can wait for ever for a lock that the interrupted code holds.
+What locks, writes or logs inside a handler can wait for ever for a lock that the interrupted code holds.
 """
 
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-# SIGUSR1 is how Slurm says that the time is nearly over. No system but Unix has it.
-HANDLED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-
-_noted = 0
+# Slurm sends SIGUSR1 before the time is over. Windows does not have it.
+HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Stopped(SystemExit):
-    """A signal ended the program; the exit code is the shell's: 130 for SIGINT, 143 for SIGTERM."""
+    """A signal ended the program; the exit code is the shell's: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
+        self.signum = signum
 
 
 def noted() -> int:
-    """The number of the signal that asks the program to stop; 0 if there was none."""
+    """The number of the signal that asked the program to stop; 0 if none did."""
     return _noted
 
 
+def stop_if_noted() -> None:
+    """Raise Stopped if a signal was noted."""
+    if _noted:
+        raise Stopped(_noted)
+
+
 def exit_on_signals() -> None:
-    """End the program at once, without a word: for the start, when an exception may strike inside an import."""
-    _handle_with(_exit)
+    """From now on a signal ends the program at once: for imports, which may swallow or dress up an exception."""
+    global _answer
+    _answer = _exit
+    _install()
 
 
 @contextlib.contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Let a signal raise Stopped where it strikes; a second one ends the program at once."""
-    with _handling_with(_raise):
-        yield
-
-
-@contextlib.contextmanager
-def note_signals() -> Iterator[None]:
-    """Let a signal be `noted`, for code that asks; a second one ends the program at once."""
-    with _handling_with(_note):
-        yield
-
-
-def _exit(signum: int, frame: FrameType | None) -> None:
-    os._exit(128 + signum)
-
-
-def _note(signum: int, frame: FrameType | None) -> None:
-    global _noted
-    if _noted:  # somebody is in a hurry
-        _exit(signum, frame)
-    _noted = signum
-
-
-def _raise(signum: int, frame: FrameType | None) -> None:
-    _note(signum, frame)
-    raise Stopped(signum)
-
-
-def _handle_with(handler: Any) -> dict[int, Any]:
-    """Returns the handlers of before. Only the main thread of a process may have handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {signum: signal.signal(signum, handler) for signum in HANDLED}
-
-
-@contextlib.contextmanager
-def _handling_with(handler: Any) -> Iterator[None]:
-    global _noted
-    before = _handle_with(handler)
+    """A signal raises Stopped where it strikes, but see `note_signals`. Handlers are put back at the end."""
+    global _answer, _noted
+    handlers, answer = _install(), _answer
+    _answer = _raise
     try:
         yield
     finally:
-        for signum, handler in before.items():
+        _answer, _noted = answer, 0
+        for signum, handler in handlers.items():
             signal.signal(signum, handler)
-        _noted = 0
+
+
+def note_signals() -> None:
+    """Inside `raise_on_signals`, from now on: a signal is noted, for code that asks; a second SIGINT exits at once."""
+    global _answer
+    _answer = _note
+
+
+def _exit(signum: int) -> None:
+    os._exit(128 + signum)
+
+
+def _raise(signum: int) -> None:
+    _note(signum)
+    raise Stopped(signum)
+
+
+def _note(signum: int) -> None:
+    global _noted
+    if _noted and signum == signal.SIGINT:  # somebody is in a hurry, as Slurm is not when SIGTERM follows SIGUSR1
+        _exit(signum)
+    _noted = _noted or signum
+
+
+_noted = 0
+_answer: Callable[[int], None] = _exit
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    _answer(signum)
+
+
+def _install() -> dict[int, Any]:
+    """The handlers of before. Only the main thread can have any."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {signum: signal.signal(signum, _handle) for signum in HANDLED}

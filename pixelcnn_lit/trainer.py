@@ -1,13 +1,16 @@
 """The Lightning Trainer of a config."""
 
 import logging
+import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
@@ -16,7 +19,22 @@ from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.machine import fast_bf16
 
 
-def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
+class EndWaitingProcesses(Callback):
+    """Ends the processes that Lightning started when this one fails before training: they would wait for it in vain."""
+
+    def __init__(self) -> None:
+        self.training = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.training = True  # from here on all processes agree when to stop
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        launcher = trainer.strategy.launcher
+        if launcher is not None and not self.training:
+            launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **extra: Any) -> L.Trainer:
     """A Trainer from conf/trainer. `precision: auto` becomes bf16 where the machine is fast at it."""
     settings = dict(config)
     if settings.get("precision") == "auto":
@@ -24,6 +42,7 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
     if settings.get("enable_progress_bar") is None:
         settings["enable_progress_bar"] = sys.stdout.isatty()
     own = {**extra, "use_distributed_sampler": False, "enable_model_summary": False}
+    own["callbacks"] = [*callbacks, EndWaitingProcesses()]
     for key in own.keys() & settings.keys():
         raise UserError(f"trainer.{key}: is set by the program; leave it out")
     check("trainer", L.Trainer, settings)
@@ -42,6 +61,8 @@ def make_trainer(config: dict[str, Any], **extra: Any) -> L.Trainer:
         trainer = L.Trainer(**settings, **own)
     except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())} (trainer=auto fits any machine)") from error
+    # Its handlers lock, save and broadcast where a signal strikes, and wait for ever for what they interrupted.
+    trainer._signal_connector.register_signal_handlers = lambda: None
     if isinstance(trainer.strategy, DDPStrategy):
         # Validation runs through the wrapper; its broadcast of buffers waits for ever for ranks without a batch left.
         trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
