@@ -1,14 +1,43 @@
 """What several files of tests read."""
 
+import os
+
+# One thread: tests run side by side, and their tensors are small. Read when torch is imported, here and in children.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 import gzip
 import hashlib
 import struct
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+import torch
+from helpers import Child, Children
 from torchvision import datasets
 
 from pixelcnn_lit.data import official
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def children() -> Iterator[Children]:
+    """See `Children`: what a test starts ends with it. A fixture of wider scope opens its own."""
+    with Children() as started:
+        yield started
+
+
+@pytest.fixture
+def start(children) -> Callable[..., Child]:
+    """`start(directory, name, *overrides, **environment)`: a command, forked."""
+    return children.start
+
+
+@pytest.fixture
+def spawn(children) -> Callable[..., Child]:
+    """`spawn(directory, name, *overrides, **environment)`: a command, typed."""
+    return children.spawn
 
 
 @pytest.fixture

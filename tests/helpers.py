@@ -1,10 +1,21 @@
 """What several files of tests do."""
 
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pixelcnn_lit.command import run
+from pixelcnn_lit.launch import launch
 
 
 def command(name: str, *overrides: str) -> None:
@@ -12,3 +23,140 @@ def command(name: str, *overrides: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *overrides])
         run(name)
+
+
+# Commands as processes
+
+GUARD = Path(__file__).parent / "guard.py"
+
+
+class Child:
+    """A command in a process group of its own."""
+
+    def __init__(self, name: str, output: Path, pid: int, join: Callable[[float], int | None]) -> None:
+        self.name = name
+        self.pid = pid
+        self._output = output
+        self._join = join  # waits so many seconds: the exit code, or None while it runs
+
+    def output(self) -> str:
+        """What it has printed so far, on stdout and stderr."""
+        return self._output.read_text(errors="replace")
+
+    def is_alive(self) -> bool:
+        return self._join(0) is None
+
+    def wait(self, seconds: float) -> int:
+        """Return its exit code, -N where signal N ended it; fail, with its output, if it is not over by then."""
+        code = self._join(seconds)
+        assert code is not None, f"{self.name} still runs after {seconds} s; it printed:\n{self.output()}"
+        return code
+
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 60) -> None:
+        """Wait for a moment of its life; fail, with its output, if it ends or the time is up before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.is_alive(), f"{self.name} ended before its moment came; it printed:\n{self.output()}"
+            assert time.monotonic() < end, (
+                f"its moment never came in {seconds} s; {self.name} printed:\n{self.output()}"
+            )
+            time.sleep(0.005)
+
+    def signal(self, signum: int) -> None:
+        """Signal the process, not those it has started."""
+        os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        """End it with all that it has started."""
+        if self.is_alive():
+            os.kill(self.pid, signal.SIGKILL)  # in the first moments of a fork it has no group yet
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait(60)
+
+
+class Children:
+    """Commands started as processes that end, with all that they start, where the `with` ends or pytest dies.
+
+    They run in `directory`, which is made if need be, with this process's environment and what is added. What they
+    print is shown if the test fails.
+    """
+
+    def __enter__(self) -> "Children":
+        self._started: list[Child] = []
+        self._outputs = tempfile.TemporaryDirectory()
+        self._guard = subprocess.Popen([sys.executable, GUARD], stdin=subprocess.PIPE, start_new_session=True)
+        return self
+
+    def start(self, directory: Path, name: str, *overrides: str, **environment: str) -> Child:
+        """`python -m pixelcnn_lit.<name>`, forked from a process that has everything imported: within 50 ms."""
+        output = self._new_output(directory)
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload(["pytest", "pixelcnn_lit.train"])
+        life = (directory, output, name, overrides, os.environ | environment)
+        process = forks.Process(target=_command_in, args=life, daemon=True)
+        process.start()
+
+        def join(seconds: float) -> int | None:
+            process.join(seconds)
+            return process.exitcode
+
+        return self._watched(Child(name, output, process.pid, join))
+
+    def spawn(self, directory: Path, name: str, *overrides: str, **environment: str) -> Child:
+        """`python -m pixelcnn_lit.<name>`, typed: it imports all by itself."""
+        return self.popen(directory, "-m", f"pixelcnn_lit.{name}", *overrides, **environment)
+
+    def popen(self, directory: Path, *arguments: str, **environment: str) -> Child:
+        """`python` with any arguments."""
+        output = self._new_output(directory)
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=directory,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+        def join(seconds: float) -> int | None:
+            try:
+                return process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return None
+
+        return self._watched(Child(" ".join(arguments[:2]), output, process.pid, join))
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._started:
+            child.kill()
+            print(f"--- {child.name}, exit code {child.wait(0)}, printed:\n{child.output()}")
+        self._guard.kill()
+        self._guard.communicate()
+        self._outputs.cleanup()
+
+    def _new_output(self, directory: Path) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        return Path(self._outputs.name) / f"{len(self._started)}.txt"
+
+    def _watched(self, child: Child) -> Child:
+        self._started.append(child)
+        self._guard.stdin.write(f"{child.pid}\n".encode())
+        self._guard.stdin.flush()
+        return child
+
+
+def _command_in(directory: Path, output: Path, name: str, overrides: tuple[str, ...], environment: dict) -> None:
+    """The life of a forked process."""
+    os.setsid()
+    multiprocessing.current_process().daemon = False  # it may have workers, which end with its group
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [name, *overrides]
+    launch(name)
