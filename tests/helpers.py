@@ -152,6 +152,7 @@ def _command_in(directory: Path, output: Path, name: str, overrides: tuple[str, 
     """The life of a forked process."""
     os.setsid()
     multiprocessing.current_process().daemon = False  # it may have workers, which end with its group
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the default, as if typed
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
