@@ -1,4 +1,4 @@
-"""Kill the process groups whose numbers come on stdin, once that ends: with pytest, however it ends."""
+"""Kills the process groups whose numbers it reads once its stdin ends: they outlive nobody, not even pytest."""
 
 import os
 import signal

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.utilities import rank_zero
 
 from pixelcnn_lit.command import run
 from pixelcnn_lit.launch import launch
@@ -66,6 +67,11 @@ class Child:
         """Signal the process, not those it has started."""
         os.kill(self.pid, signum)
 
+    def group(self) -> list[int]:
+        """The processes that live in its group, as /proc tells."""
+        fields = (path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat"))
+        return [int(group) for state, _, group, *_ in fields if int(group) == self.pid and state != "Z"]
+
     def kill(self) -> None:
         """End it with all that it has started."""
         if self.is_alive():
@@ -88,12 +94,22 @@ class Children:
         self._guard = subprocess.Popen([sys.executable, GUARD], stdin=subprocess.PIPE, start_new_session=True)
         return self
 
-    def start(self, directory: Path, name: str, *overrides: str, **environment: str) -> Child:
-        """`python -m pixelcnn_lit.<name>`, forked from a process that has everything imported: within 50 ms."""
+    def start(
+        self,
+        directory: Path,
+        name: str,
+        *overrides: str,
+        before: Callable[[], None] | None = None,
+        **environment: str,
+    ) -> Child:
+        """`python -m pixelcnn_lit.<name>`, forked from a process that has everything imported: within 50 ms.
+
+        `before` is called in the process first, to put a fault into it.
+        """
         output = self._new_output(directory)
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(["pytest", "pixelcnn_lit.train"])
-        life = (directory, output, name, overrides, os.environ | environment)
+        life = (directory, output, name, overrides, os.environ | environment, before)
         process = forks.Process(target=_command_in, args=life, daemon=True)
         process.start()
 
@@ -148,7 +164,14 @@ class Children:
         return child
 
 
-def _command_in(directory: Path, output: Path, name: str, overrides: tuple[str, ...], environment: dict) -> None:
+def _command_in(
+    directory: Path,
+    output: Path,
+    name: str,
+    overrides: tuple[str, ...],
+    environment: dict,
+    before: Callable[[], None] | None,
+) -> None:
     """The life of a forked process."""
     os.setsid()
     multiprocessing.current_process().daemon = False  # it may have workers, which end with its group
@@ -159,5 +182,18 @@ def _command_in(directory: Path, output: Path, name: str, overrides: tuple[str, 
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0  # which Lightning asked for when it was imported
     sys.argv = [name, *overrides]
+    if before:
+        before()
     launch(name)
+
+
+def slurm(directory: Path, tasks: int = 1, task: int = 0) -> dict[str, str]:
+    """The environment of a task of Slurm's job 77, whose `scontrol` adds a line to directory/asked.txt."""
+    scontrol = directory / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $@ >> '{directory}/asked.txt'\n")
+    scontrol.chmod(0o755)
+    own = {"JOB_ID": "77", "JOB_NAME": "train", "NTASKS": str(tasks), "JOB_NODELIST": "localhost", "NODEID": "0"}
+    own |= {"PROCID": str(task), "LOCALID": str(task), "NTASKS_PER_NODE": str(tasks)}
+    return {f"SLURM_{key}": value for key, value in own.items()} | {"PATH": f"{directory}:{os.environ['PATH']}"}

@@ -1,11 +1,10 @@
 """Several processes (DDP over gloo) give what one gives; sweeps over them, or in workers, give one tree."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import Child, Children, slurm
 
 from pixelcnn_lit.checkpoints import read_checkpoint
-from pixelcnn_lit.resume import LastCheckpoint, Stopped
+from pixelcnn_lit.resume import LastCheckpoint
+from pixelcnn_lit.signals import Stopped
 from pixelcnn_lit.trainer import make_trainer
 
 pytestmark = pytest.mark.slow
@@ -34,20 +35,31 @@ RUN = [
 ]
 
 
-def command(directory: Path, name: str, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", f"pixelcnn_lit.{name}", *overrides]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+def tasks(
+    children: Children,
+    directory: Path,
+    name: str,
+    *overrides: str,
+    environment: Callable[[int], dict[str, str]] = lambda n: {},
+) -> list[Child]:
+    """A command as two processes, which some other program than Lightning starts, as torchrun or Slurm do."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listening.getsockname()[1]), "NODE_RANK": "0"}
+    own = [common | {"LOCAL_RANK": str(n)} | environment(n) for n in range(2)]
+    return [children.start(directory, name, *overrides, **each) for each in own]
 
 
 def run(directory: Path, name: str, *overrides: str) -> str:
-    """What the command prints in `directory`, where it must end well."""
-    asked = command(directory, name, *overrides)
-    ended = subprocess.run(asked, cwd=directory, capture_output=True, text=True, env=environment(), timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    """What the command prints in `directory`, where it must end well; with trainer=ddp its first process."""
+    with Children() as children:
+        if "trainer=ddp" in overrides:
+            first, second = tasks(children, directory, name, *overrides)
+            assert second.wait(120) == 0
+        else:
+            first = children.start(directory, name, *overrides)
+        assert first.wait(120) == 0
+        return first.output()
 
 
 @pytest.fixture(scope="module")
@@ -84,55 +96,87 @@ def test_no_process_waits_in_a_validation_for_one_without_a_batch(strategy):
     assert trainer.strategy._ddp_kwargs["broadcast_buffers"] is False
 
 
-def test_a_stop_at_the_end_is_one_of_all_processes():
+def test_a_stop_at_the_end_is_one_of_all_processes(monkeypatch):
     """Another one was asked, at a step at which they do not agree."""
     strategy = SimpleNamespace(root_device="cpu", reduce=lambda answers, reduce_op: answers + torch.tensor([15, 0]))
-    trainer: Any = SimpleNamespace(world_size=2, global_step=13, strategy=strategy)
+    trainer: Any = SimpleNamespace(world_size=2, global_step=13, strategy=strategy, is_global_zero=True)
     last = LastCheckpoint()
-    last._asked, last._saved_at = 0, time.monotonic()
+    last._saved_at = time.monotonic()
     with pytest.raises(Stopped):
         last.on_train_end(trainer, None)
 
 
-def test_two_processes_that_are_stopped_go_on_to_the_same_end(place):
-    """Only one of them gets the signal. The statistics of BatchNorm are each process's own until they are scored."""
-    settings = [*RUN, *DDP, "trainer.max_epochs=5", "callbacks.last.every_n_steps=10"]
-    whole = run(place, "train", *settings, "run_dir=whole")
-    assert whole.count("best checkpoint:") == 1  # from the first process alone
-    asked = command(place, "train", *settings, "run_dir=cut")
-    process = subprocess.Popen(asked, cwd=place, stdout=subprocess.PIPE, text=True, env=environment())
-    while not (place / "cut" / "checkpoints" / "best.ckpt").is_file():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, printed
-    assert printed.splitlines()[-1].startswith("stopped; to go on, type:")
-    run(place, "train", "run_dir=cut", "ckpt=last")
-    saved = [read_checkpoint(str(place / name / "checkpoints" / "last.ckpt")) for name in ("whole", "cut")]
+def assert_same_weights(a: Path, b: Path) -> None:
+    saved = [read_checkpoint(str(directory / "checkpoints" / "last.ckpt")) for directory in (a, b)]
     assert saved[0]["global_step"] == saved[1]["global_step"]
     for key, value in saved[0]["state_dict"].items():
         assert torch.equal(value, saved[1]["state_dict"][key]), key
 
 
-def test_a_sweep_of_two_processes_a_job_is_one_tree(place):
-    run(place, "train", "-m", *RUN, *DDP, "model.norm=layer,batch", "trainer.max_epochs=1", "run_dir=sweep")
+def test_two_processes_that_are_stopped_go_on_to_the_same_end(place, children):
+    """Only one of them gets the signal. The statistics of BatchNorm are each process's own until they are scored."""
+    settings = [*RUN, *DDP, "trainer.max_epochs=5", "callbacks.last.every_n_steps=10"]
+    whole = run(place, "train", *settings, "run_dir=whole")
+    assert whole.count("best checkpoint:") == 1
+    first, second = tasks(children, place, "train", *settings, "run_dir=cut")
+    first.wait_until((place / "cut" / "checkpoints" / "best.ckpt").is_file)
+    second.signal(signal.SIGTERM)
+    assert first.wait(60) == 143
+    assert second.wait(60) == 0
+    assert "stopped" not in second.output()
+    assert "Traceback" not in first.output()
+    assert first.output().splitlines()[-1].startswith("stopped; to go on, type:")
+    run(place, "train", *DDP, "run_dir=cut", "ckpt=last")
+    assert_same_weights(place / "whole", place / "cut")
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_of_two_tasks_gets_sigusr1_in_a_validation_and_the_first_requeues_the_job(place, children, tmp_path, asked):
+    """Epochs are of two steps, and nearly all of the time is validation."""
+    settings = [*RUN, *DDP, "dataset.validation_fraction=0.9", "trainer.max_epochs=30", "callbacks=no_ema"]
+    settings += ["callbacks.samples.every_n_epochs=0", f"dataset.path={place}/x.npz", "run_dir=run"]
+    both = tasks(children, tmp_path, "train", *settings, environment=lambda n: slurm(tmp_path, 2, n))
+    both[0].wait_until((tmp_path / "run" / "checkpoints" / "best.ckpt").is_file)
+    both[asked].signal(signal.SIGUSR1)
+    assert [task.wait(60) for task in both] == [138, 0]
+    assert (tmp_path / "asked.txt").read_text() == "requeue 77\n"
+    assert not any("Traceback" in task.output() for task in both)
+    assert 0 < read_checkpoint(str(tmp_path / "run" / "checkpoints" / "last.ckpt"))["global_step"] < 60
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="asks /proc for processes")
+def test_a_signal_before_training_leaves_no_process_waiting(place, spawn):
+    """The second process is on its way to the first, for which it would wait half an hour."""
+    process = spawn(place, "train", *RUN, *DDP, "run_dir=early")
+    process.wait_until(lambda: len(process.group()) > 1)
+    process.signal(signal.SIGTERM)
+    assert process.wait(60) in (143, -signal.SIGKILL)
+    end = time.monotonic() + 60
+    while process.group():
+        assert time.monotonic() < end, process.group()
+        time.sleep(0.05)
+    assert "Traceback" not in process.output()
+
+
+def test_a_sweep_of_two_processes_a_job_is_one_tree(place, spawn):
+    """Lightning starts the second process of each."""
+    sweep = ["-m", *RUN, *DDP, "model.norm=layer,batch", "trainer.max_epochs=1", "run_dir=sweep"]
+    assert spawn(place, "train", *sweep).wait(180) == 0
     results = sorted(path.parent.name for path in (place / "sweep").rglob("result.json"))
     assert results == ["0", "1"]
     assert sorted(path.name for path in (place / "sweep").iterdir() if path.is_dir()) == ["0", "1"]
     assert not (place / "runs").exists() or not list((place / "runs").glob("train/*"))
 
 
-def test_a_sweep_in_workers_that_is_typed_again_does_what_is_left(place):
+def test_a_sweep_in_workers_that_is_typed_again_does_what_is_left(place, spawn):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install -e '.[sweeps]'")
     sweep = ["-m", *RUN, "trainer=cpu", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "run_dir=workers"]
-    asked = command(place, "train", *sweep, "model.n_residual=1,-1,2")
-    failed = subprocess.run(asked, cwd=place, capture_output=True, text=True, env=environment(), check=False)
-    assert failed.returncode == 1
-    assert "Traceback" not in failed.stderr
+    failed = spawn(place, "train", *sweep, "model.n_residual=1,-1,2")
+    assert failed.wait(180) == 1
+    assert "Traceback" not in failed.output()
     left = {path.parent.name: path.stat().st_mtime_ns for path in (place / "workers").rglob("result.json")}
     assert sorted(left) == ["0", "2"]
-    run(place, "train", *sweep, "model.n_residual=1,1,2", "skip_completed=true")
+    assert spawn(place, "train", *sweep, "model.n_residual=1,1,2", "skip_completed=true").wait(180) == 0
     again = {path.parent.name: path.stat().st_mtime_ns for path in (place / "workers").rglob("result.json")}
     assert sorted(again) == ["0", "1", "2"]
     assert (again["0"], again["2"]) == (left["0"], left["2"])
