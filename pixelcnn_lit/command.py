@@ -36,11 +36,13 @@ def run(name: str) -> None:
     directory. `debug=true` or HYDRA_FULL_ERROR=1 shows the traceback.
     """
     debug = "debug=true" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
-    job = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(functools.partial(_job, name, debug))
+    job: Any = functools.partial(_job, name, debug)
+    job.__module__ = f"pixelcnn_lit.{name}"  # by which Hydra names it
+    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)
     try:
         # HYDRA_FULL_ERROR makes Hydra raise, not print and exit.
         with patch.dict(os.environ, HYDRA_FULL_ERROR="1"):
-            job()
+            main()
     except Exception as error:
         line = explain(error)
         if debug or line is None:

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -124,3 +126,38 @@ def test_model_sizes_set_two_numbers_and_nothing_else():
     sizes = {path.stem: OmegaConf.load(path) for path in (CONF / "model_size").glob("*.yaml")}
     expected = {"tiny": (16, 2), "small": (64, 5), "base": (256, 15), "large": (384, 20)}
     assert sizes == {k: {"hidden_channels": h, "n_residual": n} for k, (h, n) in expected.items()}
+
+
+def test_a_run_on_the_digits_is_short_and_no_other_dataset_has_a_recipe():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        epochs = {name: compose("train", [f"dataset={name}", *path]).trainer.max_epochs for name, path in DATASETS}
+        assert compose("train", ["experiment=mnist_race", "dataset=digits"]).trainer.max_epochs == -1
+        assert compose("train", ["trainer.max_epochs=3"]).trainer.max_epochs == 3
+    assert epochs == {name: 7 if name == "digits" else 30 for name in epochs}
+    assert [path.name for path in (CONF / "recipe").iterdir()] == ["digits.yaml"]
+
+
+DATASETS = [(path.stem, ["dataset.path=x"][: "path" in OmegaConf.load(path)]) for path in CONF.glob("dataset/*.yaml")]
+
+WITHOUT_TORCH = """
+import sys
+sys.modules |= dict.fromkeys(["torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn"])
+from pixelcnn_lit.command import run
+for name in sys.argv[1].split():
+    for typed in "--help", "--cfg=job", "typo=1":
+        sys.argv = [name, typed]
+        try:
+            run(name)
+        except SystemExit as stop:
+            print(name, typed, stop.code)
+"""
+
+
+def test_help_and_typos_are_answered_before_torch_is_imported(tmp_path):
+    names = " ".join([*COMMANDS, "data"])
+    asked = [sys.executable, "-c", WITHOUT_TORCH, names]
+    ended = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    for name in names.split():
+        assert f"{name} is powered by Hydra" in ended.stdout
+        assert f"{name} typo=1 error: typo: there is no such setting" in ended.stdout
