@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from pixelcnn_lit.build import Range, build
 from pixelcnn_lit.checkpoints import rebuild
 from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.machine import on_threads
 from pixelcnn_lit.models.layers import recompute_blocks
 from pixelcnn_lit.samplers import Request
 from pixelcnn_lit.schedulers import optimization
@@ -188,11 +189,15 @@ class DensityModel(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return optimization(self, self.optimizer_config, self.scheduler_config, monitor="val/nll")
 
-    def draw(self, sampler: dict[str, Any], classes: list[int] | None = None, **own: Any) -> Tensor:
-        """`sampler["n_per_class"]` images of each class, uint8 [K,n,C,H,W] on this device; `own`: as in `Request`."""
+    def draw(self, sampler: dict[str, Any], classes: list[int] | None = None, threads: int = 1, **own: Any) -> Tensor:
+        """`sampler["n_per_class"]` images of each class, uint8 [K,n,C,H,W] on this device; `own`: as in `Request`.
+
+        Steps are many and small: on several `threads`, all wait for each of them whenever another program runs.
+        """
         y = torch.tensor(self.classes if classes is None else classes, device=self.device)
         facts = self.net, self.likelihood, y, self.image_shape, self.num_classes, self.known_classes
-        return build("sampler", sampler, Tensor, request=Request(*facts, **own))
+        with on_threads(threads):
+            return build("sampler", sampler, Tensor, request=Request(*facts, **own))
 
 
 def load(path: str) -> DensityModel:

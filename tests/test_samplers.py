@@ -9,7 +9,7 @@ from test_laws import NETWORKS, PAIRS, make
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.fronts import Front, fronts
 from pixelcnn_lit.noise import uniform
-from pixelcnn_lit.samplers import Conditioned, Request, _noise, draw, evaluating, fixed_point, inverse_cdf, sharpened
+from pixelcnn_lit.samplers import Conditioned, Request, _keys, draw, evaluating, fixed_point, inverse_cdf, sharpened
 
 SHAPE = (3, 4, 5)
 METHODS = ("naive", "cached", "fixed_point")
@@ -30,8 +30,9 @@ def test_noise_is_a_function_of_its_key():
 
 def test_the_noise_of_no_image_is_that_of_another_or_of_a_binarized_one():
     """numpy fills short keys up with zeros, and takes numbers beyond 32 bits for two."""
-    request = Request(torch.nn.Module(), None, torch.tensor([5, 0, 5]), (1, 2, 2), 9, [0, 5])
-    noises = [*_noise(request, 2, seed=0), *_noise(request, 2, seed=5), uniform((0, 5), (1, 2, 2))]
+    y = torch.tensor([5, 0, 5])
+    keys = [*_keys(y, 2, seed=0), *_keys(y, 2, seed=5), (0, 5)]
+    noises = [uniform(key, (1, 2, 2)) for key in keys]
     assert len(torch.stack(noises).unique(dim=0)) == len(noises)
 
 

@@ -1,0 +1,186 @@
+"""Batches divided among processes: other processes change time, and no integer; and none is left behind."""
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_laws import LIKELIHOODS, NETWORKS, make
+
+from pixelcnn_lit import samplers, workers
+from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.samplers import Pace, Request, cut, draw
+
+
+def test_batches_are_as_few_as_do_and_as_equal_as_can_be():
+    for n, batch_size in ((1, 1), (80, 64), (64, 64), (65, 64), (1000, 64), (7, 3), (5, 100)):
+        parts = cut(n, batch_size)
+        sizes = [part.stop - part.start for part in parts]
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
+        assert len(parts) == -(-n // batch_size)
+        assert max(sizes) <= batch_size
+        assert max(sizes) - min(sizes) <= 1
+
+
+def pieces(
+    net, inside, image: torch.Tensor, processes: int, batch_size: int = 4, pace: Pace | None = None
+) -> torch.Tensor:
+    """Nine completions of images of 3×4×5, with guidance."""
+    known = torch.zeros(4, 5, dtype=torch.bool)
+    known[:2] = True
+    y = torch.tensor([0, 3, 1])
+    request = Request(net, inside, y, (3, 4, 5), 4, [0, 1, 2, 3, 4], image, known, None, False, processes, pace)
+    return draw(request, n_per_class=3, batch_size=batch_size, guidance_scale=2.0, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("network", "likelihood"),
+    [*((network, "categorical") for network in NETWORKS), *((NETWORKS[0], likelihood) for likelihood in LIKELIHOODS)],
+)
+def test_what_is_sent_to_another_process_draws_the_same_integers(monkeypatch, network, likelihood):
+    def shared(tasks, here, there, arrived, processes):
+        sent = there and pickle.loads(pickle.dumps(there))
+        for n, task in enumerate(tasks):
+            if sent and n != 1:
+                arrived(n, sent(pickle.loads(pickle.dumps(task))))
+            else:
+                here(n)
+
+    monkeypatch.setattr(samplers, "share", shared)
+    net, inside = (part.float() for part in make(network, likelihood, (3, 4, 5), levels=17, num_classes=4))
+    image = torch.randint(17, (3, 3, 4, 5), dtype=torch.uint8)
+    one, several = (pieces(net, inside, image, processes) for processes in (1, 3))
+    assert torch.equal(one, several)
+    assert torch.equal(pieces(net, inside, image, 1), one)  # the model is as it was
+
+
+@pytest.fixture
+def answered(monkeypatch) -> threading.Event:
+    """Set when an answer has come from another process, which is started as soon as there is something left for it."""
+    event = threading.Event()
+
+    class Answers(queue.Queue):
+        def put(self, item):
+            super().put(item)
+            event.set()
+
+    monkeypatch.setattr(workers, "SimpleQueue", Answers)
+    monkeypatch.setattr(workers, "WORTH", 0)
+    return event
+
+
+def test_law_5_one_process_or_several_draw_the_same_integers(monkeypatch, answered):
+    net, inside = (part.float() for part in make("pixelcnn", "categorical", (3, 4, 5), levels=17, num_classes=4))
+    image = torch.randint(17, (3, 3, 4, 5), dtype=torch.uint8)
+    alone = pieces(net, inside, image, 1)
+    fill, pace = samplers.Drawing.fill, Pace()
+
+    def slow(drawing, canvas, batch, watch):
+        assert not pace._images or answered.wait(60)
+        fill(drawing, canvas, batch, watch)
+
+    monkeypatch.setattr(samplers.Drawing, "fill", slow)
+    assert torch.equal(pieces(net, inside, image, 2, pace=pace), alone)
+    assert str(pace).endswith("images/s in 2 processes")
+
+
+@pytest.fixture
+def others(monkeypatch) -> list[subprocess.Popen]:
+    """The processes that are started."""
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **own: started.append(popen(*args, **own)) or started[-1])
+    return started
+
+
+@pytest.fixture
+def shared(answered) -> Callable[..., dict[int, Any]]:
+    """A function that does tasks, and returns what came of each; of those done here, "here"."""
+
+    def do(tasks: list[Any], there: Any, others_answer: bool = True) -> dict[int, Any]:
+        done: dict[int, Any] = {}
+
+        def here(n: int) -> None:
+            assert n not in done
+            assert not done or not others_answer or answered.wait(60)
+            done[n] = "here"
+
+        def arrived(n: int, answer: Any) -> None:
+            assert n not in done
+            done[n] = answer
+
+        workers.share(tasks, here, there, arrived, processes=3)
+        return done
+
+    return do
+
+
+def test_each_task_is_done_once_and_no_process_is_left(others, shared):
+    done = shared([str(n) for n in range(40)], eval)
+    assert len(others) == 2
+    assert sorted(done) == list(range(40))
+    assert all(answer in ("here", n) for n, answer in done.items())
+    assert len({type(answer) for answer in done.values()}) == 2  # here and there
+    assert all(process.poll() is not None for process in others)
+
+
+def test_what_is_not_worth_it_or_cannot_be_sent_is_done_here(others, shared, monkeypatch):
+    for there, worth, n in ((lambda task: task, 0, 5), (eval, 8, 5), (eval, 0, 2)):
+        monkeypatch.setattr(workers, "WORTH", worth)
+        assert set(shared(["1"] * n, there, others_answer=False).values()) == {"here"}
+    assert not others
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        ("from pixelcnn_lit.errors import UserError; raise UserError('mend this')", UserError, "mend this"),
+        ("1 / 0", ZeroDivisionError, "division by zero"),
+        ("import os; os._exit(9)", UserError, "was killed"),
+        ("class Odd(Exception): pass\nraise Odd", RuntimeError, "cannot be sent"),
+    ],
+)
+def test_the_error_of_another_process_is_the_commands(others, shared, task, error, message):
+    with pytest.raises(error, match=message):
+        shared(["", *[task] * 9], exec)
+    assert all(process.poll() is not None for process in others)
+
+
+def test_a_function_that_another_process_cannot_read_is_the_commands_error(others, shared, monkeypatch):
+    monkeypatch.setattr(workers, "_pickled", lambda function: pickle.dumps(function)[:-1])
+    with pytest.raises(pickle.UnpicklingError):
+        shared([""] * 9, exec)
+
+
+PARENT = """
+import time
+from pixelcnn_lit import signals, workers
+
+workers.WORTH = 0
+task = "import os, time; os.write(1, b'at work'); time.sleep(600)"
+with signals.raise_on_signals():
+    workers.share([task] * 4, lambda n: time.sleep(600 * bool(n)), exec, print, 2)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no groups of processes")
+@pytest.mark.parametrize("signum", ["SIGKILL", "SIGINT", "SIGTERM"])
+def test_no_process_outlives_its_parent_or_has_a_word_to_say(signum):
+    """The signal goes to the whole group, as Ctrl-C does. What the other process prints goes to the parent's stderr."""
+    number = getattr(signal, signum)
+    own: Any = {"stderr": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", PARENT], **own) as parent:
+        said = b""
+        while b"at work" not in said:
+            said += os.read(parent.stderr.fileno(), 100)
+            assert said, "it ended"
+        os.killpg(parent.pid, number)
+        rest = parent.communicate(timeout=60)[1]
+    assert said + rest == b"at work"
+    assert parent.returncode == (-number if signum == "SIGKILL" else 128 + number)
