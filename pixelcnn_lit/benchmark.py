@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -24,12 +25,13 @@ from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.files import write_text
 from pixelcnn_lit.fronts import fronts
 from pixelcnn_lit.lit import DensityModel
-from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.machine import Threads, best_device, cores, fast_bf16, on_threads, step_work, take_threads
 from pixelcnn_lit.models.layers import CausalConv2d
 from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.samplers import Conditioned, Pick, evaluating, fixed_point, picker, walk
 
 NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
+CACHED_STEPS = 32  # likewise
 PUBLISHED = "as published"
 Timed = dict[str, Callable[[], Any]]
 Size = Annotated[int, Range(1)]
@@ -44,7 +46,9 @@ def main(
     batch_size: Annotated[int, Range(1, MOST)],
     rounds: Annotated[int, Range(1)],
     compile: bool,
+    threads: Threads,
 ) -> None:
+    to_sample = take_threads(threads)
     device = best_device()
     settings = {"model": model, "likelihood": likelihood, "optimizer": optimizer}
     facts = {"image_shape": list(image_shape), "levels": levels, "num_classes": 10, "class_names": [], "label": ""}
@@ -54,14 +58,17 @@ def main(
     y = torch.arange(batch_size, device=device) % 10
     sampling = sampling_rows(density, x, y, rounds)
     published = as_published(density)
+    to_train = take_threads(threads, step_work(density, image_shape, batch_size))
     seconds = medians(training_steps(density, published, x, y, compile), rounds)
-    training = training_rows(density, published, x, y, seconds)
-    head = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    head |= {"parameters": sum(p.numel() for p in density.parameters()), "batch_size": batch_size}
-    result = {**head, "image_shape": list(image_shape), "training": training, "sampling": sampling}
-    write_text(run_dir() / "benchmark.json", json.dumps(result, indent=2))
-    print(", ".join(f"{key} {value}" for key, value in result.items() if not isinstance(value, dict)))
-    print(table(training), table(sampling), shown(run_dir() / "benchmark.json"), sep="\n")
+    tables = {"training": training_rows(density, published, x, y, seconds), "sampling": sampling}
+    if device.type == "cpu" and cores() > 1:
+        tables["threads"] = threads_rows(density, x, y, rounds)
+    head = {"device": device_name(device), "threads to train": to_train, "threads to sample": to_sample}
+    head |= {"torch": torch.__version__, "parameters": sum(p.numel() for p in density.parameters())}
+    head |= {"batch_size": batch_size, "image_shape": list(image_shape)}
+    write_text(run_dir() / "benchmark.json", json.dumps({**head, **tables}, indent=2))
+    print(", ".join(f"{key} {value}" for key, value in head.items()))
+    print(*map(table, tables.values()), shown(run_dir() / "benchmark.json"), sep="\n")
 
 
 def medians(timed: Timed, rounds: int) -> dict[str, float]:
@@ -222,6 +229,38 @@ def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> d
         }
         for name in timed
     }
+
+
+def threads_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
+    """A training step and the cached sampler on one thread and on all: what an idle machine gains, a busy one loses."""
+    pick, canvas = picker(torch.rand(x.shape, dtype=torch.float64)), torch.zeros_like(x)
+    target = Conditioned(density.net, density.likelihood, y, density.num_classes)
+    height, width = x.shape[2:]
+    steps = sum(1 for _ in fronts(height, width, getattr(density.net, "skew", width)))
+    some = min(CACHED_STEPS, steps)
+
+    def sample() -> None:
+        with evaluating(density.net, density.likelihood), parametrize.cached():
+            walk(target, pick, canvas, steps=some)
+
+    kinds = {"training": training_step(density, density.nats, x, y, bf16=fast_bf16("cpu"))}
+    if hasattr(density.net, "step"):
+        kinds["cached"] = sample
+    rows = {f"{kind}, threads={n}": (kind, n) for kind in kinds for n in (1, cores())}
+    seconds = medians({row: partial(_on, n, kinds[kind]) for row, (kind, n) in rows.items()}, rounds)
+    whole = {"training": 1, "cached": steps / some}
+    return {
+        row: {
+            "images/s": len(x) / (seconds[row] * whole[kind]),
+            "times threads=1": seconds[f"{kind}, threads=1"] / seconds[row],
+        }
+        for row, (kind, _) in rows.items()
+    }
+
+
+def _on(threads: int, run: Callable[[], Any]) -> None:
+    with on_threads(threads):
+        run()
 
 
 def stepwise(density: DensityModel, target: Conditioned, pick: Pick, x: Tensor) -> Timed:

@@ -18,6 +18,7 @@ from pixelcnn_lit.data.images import first_of_each_class
 from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel
+from pixelcnn_lit.machine import chosen_threads
 from pixelcnn_lit.pictures import grid, save
 from pixelcnn_lit.run_dir import shown
 from pixelcnn_lit.runs import last_checkpoint
@@ -40,6 +41,7 @@ class SampleGrid(Callback):
     def __init__(self, sampler: dict[str, Any], every_n_epochs: Annotated[int, Range(0)] = 10) -> None:
         inspect_config("sampler", sampler, Tensor, ["request"])  # now, not after hours of training
         self.sampler, self.every_n_epochs = dict(sampler), every_n_epochs
+        self.threads = chosen_threads(None)  # as `sample` does, and not as many as training
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         steering = {key: self.sampler[key] for key in ("guidance_scale", "mix_with") if key in self.sampler}
@@ -59,7 +61,8 @@ class SampleGrid(Callback):
 
     def draw(self, trainer: L.Trainer, model: DensityModel) -> Path:
         """Draw with `model` on the training device; returns the PNG's path. Raises Stopped once a signal is noted."""
-        images = model.to(trainer.strategy.root_device).draw(self.sampler, watch=lambda images: stop_if_noted())
+        model = model.to(trainer.strategy.root_device)
+        images = model.draw(self.sampler, threads=self.threads, watch=lambda images: stop_if_noted())
         return self._show(trainer, "samples", grid(images, model.levels))
 
     @staticmethod

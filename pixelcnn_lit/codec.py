@@ -37,6 +37,7 @@ from pixelcnn_lit.checkpoints import digest
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel
+from pixelcnn_lit.machine import MOST_THREADS, on_threads
 from pixelcnn_lit.samplers import Conditioned, Pick, evaluating, walk
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS promises no order of sums
@@ -47,7 +48,7 @@ MAGIC = b"PLC1"
 HEADER = struct.Struct("<16s4HI2HII16sB")
 CRC = struct.Struct("<I")
 BITS = 24
-MOST = 1024  # threads, and images a batch
+MOST = 1024  # images a batch
 stream: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue] (an extension, without types)
 FAMILY = stream.model.Categorical(perfect=False)
 
@@ -170,8 +171,8 @@ def parse(model: DensityModel, content: bytes, where: str) -> tuple[Header, byte
     # least weight; half of that, for what the range coder rounds.
     surest = math.log2(1 - (model.levels - 1) / 2**BITS)
     least = class_bits(model) - model.dims * surest / 2
-    asked = (header.threads, header.batch_size)
-    if not all(1 <= n <= MOST for n in asked) or header.images * least > 8 * len(payload) + 64:
+    asked = 1 <= header.threads <= MOST_THREADS and 1 <= header.batch_size <= MOST
+    if not asked or header.images * least > 8 * len(payload) + 64:
         raise damaged
     if text.decode("ascii", "replace") != place(model.device):
         raise UserError(f"{where}: written on {text.decode('ascii', 'replace')}, here is {place(model.device)}")
@@ -204,7 +205,7 @@ def _bar(images: int, model: DensityModel, what: str) -> tqdm:
 def _walk(model: DensityModel, y: Tensor, canvas: Tensor, pick: Pick, threads: int, bar: tqdm) -> None:
     target = Conditioned(model.net, model.likelihood, y.to(model.device), model.num_classes)
     plainly = torch.autocast(model.device.type, enabled=False)
-    with _same_bits(threads), evaluating(target.net, target.likelihood), plainly, parametrize.cached():
+    with on_threads(threads), _same_bits(), evaluating(target.net, target.likelihood), plainly, parametrize.cached():
         watch = partial(_advance, bar, len(y))
         walk(target, pick, canvas, stepwise=hasattr(model.net, "step"), watch=watch)
 
@@ -214,15 +215,13 @@ def _advance(bar: tqdm, images: int, pixels: int) -> None:
 
 
 @contextmanager
-def _same_bits(threads: int) -> Iterator[None]:
+def _same_bits() -> Iterator[None]:
     """Sums are taken in the same order as elsewhere, as far as torch can promise it."""
-    before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(threads)
+    deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
         torch.use_deterministic_algorithms(deterministic)
 
 

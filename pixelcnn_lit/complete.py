@@ -18,7 +18,7 @@ from pixelcnn_lit.data.module import saved_or_given
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.files import write_text
 from pixelcnn_lit.lit import DensityModel, bits, load
-from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.pictures import grid, read_png, save
 from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.samplers import require_known
@@ -33,7 +33,9 @@ def main(
     n_images: Annotated[int, Range(1)],
     dataset: dict[str, Any],
     sampler: dict[str, Any],
+    threads: Threads,
 ) -> None:
+    threads = take_threads(threads)
     model = load(ckpt)
     inspect_config("sampler", sampler, Tensor, ["request"])
     if keep and keep_mask:
@@ -49,8 +51,10 @@ def main(
         raise UserError(
             f"{int(known.sum())} of {known.numel()} pixels are kept: nothing to complete; type another keep"
         )
-    model = model.to(best_device())
-    drawn = model.draw(sampler, y, image=x.to(model.device), known=known.to(model.device), progress=True).cpu()
+    model, processes = model.to(best_device()), processes_of(threads)
+    say_threads(model.device, threads, processes)
+    given = {"image": x.to(model.device), "known": known.to(model.device)}
+    drawn = model.draw(sampler, y, threads, **given, progress=True, processes=processes).cpu()
 
     directory = run_dir()
     rows = torch.cat([x[:, None], torch.where(known, x, model.levels // 2)[:, None], drawn], dim=1)

@@ -22,7 +22,7 @@ from pixelcnn_lit.data.module import saved_or_given
 from pixelcnn_lit.errors import UserError, first_line
 from pixelcnn_lit.files import whole
 from pixelcnn_lit.lit import DensityModel, load
-from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.machine import Threads, best_device, say_threads, take_threads
 from pixelcnn_lit.pictures import as_it_is, read_png
 from pixelcnn_lit.run_dir import shown
 
@@ -36,7 +36,9 @@ def main(
     n_images: Annotated[int, Range(0)] | None,
     batch_size: Annotated[int, Range(1, MOST)],
     dataset: dict[str, Any],
+    threads: Threads,
 ) -> None:
+    threads = take_threads(threads)
     if Path(out).is_dir():
         raise UserError(f"out={out}: is a folder; type the name of a file")
     model = load(ckpt).to(best_device())
@@ -45,6 +47,7 @@ def main(
             given = of_split(model, images, ckpt, dataset)[:n_images]
         else:
             given = of_file(model, images, n_images, batch_size)
+        say_threads(model.device, threads)
         done = compress(model, given, batch_size)
         file.write(done.content)
     if len(given):

@@ -9,22 +9,28 @@ from pathlib import Path
 
 import numpy as np
 
-from pixelcnn_lit.codec import decompress
+from pixelcnn_lit.codec import decompress, parse
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.files import whole
 from pixelcnn_lit.lit import load
-from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.machine import Threads, best_device, say_threads, take_threads
 from pixelcnn_lit.pictures import as_it_is
 from pixelcnn_lit.run_dir import shown
 
 
-def main(ckpt: str, file: str, out: str) -> None:
+def main(ckpt: str, file: str, out: str, threads: Threads) -> None:
+    take_threads(threads)
     model = load(ckpt).to(best_device())
     if not Path(file).is_file():
         raise UserError(f"file={file}: no such file")
     if not out.endswith(".npz") and Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
         raise UserError(f"out={out}: is there already; type another folder, or a name that ends in .npz")
-    images = decompress(model, Path(file).read_bytes(), f"file={file}")
+    content = Path(file).read_bytes()
+    written_with = parse(model, content, f"file={file}")[0].threads
+    if threads not in (None, written_with):
+        raise UserError(f"threads={threads}: {file} was written with {written_with}, as it is read; leave threads out")
+    say_threads(model.device, written_with)
+    images = decompress(model, content, f"file={file}")
     if out.endswith(".npz"):
         with whole(Path(out)) as target:
             np.savez(target, images=images.x.permute(0, 2, 3, 1).numpy(), labels=images.y.numpy())

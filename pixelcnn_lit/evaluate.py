@@ -25,9 +25,9 @@ from pixelcnn_lit.data.module import ImageData, image_data, plain_name, saved_or
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.files import write_text
 from pixelcnn_lit.lit import DensityModel, bits, load
-from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.machine import Threads, best_device, say_threads, step_work, take_threads
 from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.trainer import make_trainer
+from pixelcnn_lit.trainer import make_trainer, settle_threads
 
 
 def main(
@@ -37,8 +37,10 @@ def main(
     n_images: Annotated[int, Range(1)] | None,
     dataset: dict[str, Any],
     trainer: dict[str, Any],
+    threads: Threads,
     beside: dict[str, Any] | None = None,
 ) -> None:
+    take_threads(threads)
     if (task == "novelty") != (beside is not None):
         raise UserError("task=novelty and dataset@beside=NAME go together; type both")
     model = load(ckpt)
@@ -46,9 +48,10 @@ def main(
     data.test = chosen(getattr(data, split), n_images)  # so that Lightning asks for it, process by process
     head = {"label": data.label, "split": split, "images": len(data.test), "checkpoint": ckpt}
     if task == "bpd":
-        figures = bits_per_dimension(model, data, split, trainer)
+        figures = bits_per_dimension(model, data, split, trainer, threads)
     else:
         model.to("cpu" if trainer["accelerator"] == "cpu" else best_device())
+        say_threads(model.device, take_threads(threads, step_work(model, model.image_shape, data.batch_size)))
         figures = classify(model, data, split) if beside is None else novelty(model, data, image_data(beside))
     if figures is None:
         return
@@ -64,10 +67,11 @@ def chosen(split: Split, n_images: int | None) -> Split:
 
 
 def bits_per_dimension(
-    model: DensityModel, data: ImageData, split: str, trainer: dict[str, Any]
+    model: DensityModel, data: ImageData, split: str, trainer: dict[str, Any], threads: int | None
 ) -> dict[str, Any] | None:
     """Of the images in data.test, which are of `split`, overall and per class; None in all processes but the first."""
     scorer = make_trainer(trainer, logger=False, enable_checkpointing=False)
+    settle_threads(scorer, threads, step_work(model, model.image_shape, data.batch_size))
     scorer.test(model, data, verbose=False)
     figures = {key.removeprefix("test/"): value for key, value in model.figures.items()}
     # A class without images has no bpd.

@@ -12,11 +12,13 @@ from pixelcnn_lit.checkpoints import write_weights
 from pixelcnn_lit.data.module import plain_name
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import load
+from pixelcnn_lit.machine import Threads, take_threads
 from pixelcnn_lit.rounding import rounded
 from pixelcnn_lit.run_dir import shown
 
 
-def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"]) -> None:
+def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"], threads: Threads) -> None:
+    take_threads(threads)
     if not out.endswith(".safetensors"):
         raise UserError(f"out={out}: type a name that ends in .safetensors")
     model = load(ckpt)

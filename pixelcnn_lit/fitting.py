@@ -22,11 +22,12 @@ from pixelcnn_lit.checkpoints import AtomicCheckpointIO, read_checkpoint, requir
 from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.errors import UserError, first_line
 from pixelcnn_lit.files import write_text
+from pixelcnn_lit.machine import step_work
 from pixelcnn_lit.resume import Streams
 from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.runs import CONFIG, alone_in, last_checkpoint, saved_settings, starting_point, typed_settings
 from pixelcnn_lit.signals import Stopped
-from pixelcnn_lit.trainer import make_trainer
+from pixelcnn_lit.trainer import make_trainer, settle_threads
 
 
 def start_or_go_on(
@@ -91,7 +92,8 @@ def fit(
 
     Args:
         module: a LightningModule with LOSS, MONITOR, IDENTITY, `best_figure` and `epoch_line`: see DensityModel.
-        settings: those that a sweep varies. beside: those that are saved with them.
+        settings: those that a sweep varies. beside: those that are saved with them; in the place of their `threads`
+            the number that was taken, so that a run that goes on takes it again.
     """
     torch.compiler.reset()  # the jobs of a sweep share a process: from the ninth on, none would be compiled
     stopwatch, loss, saved_with = Stopwatch(), TrainingLoss(), settings | beside
@@ -110,6 +112,8 @@ def fit(
         default_root_dir=directory,
     )
     require_scores(trainer, *module.MONITOR)
+    work = step_work(module, data.facts["image_shape"], data.batch_size)
+    saved_with["threads"] = settle_threads(trainer, saved_with["threads"], work)
     try:
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -27,7 +27,7 @@ from pixelcnn_lit.data.module import ImageData, saved_or_given
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.files import write_text
 from pixelcnn_lit.lit import load
-from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.machine import Threads, best_device, processes_of, say_threads, step_work, take_threads
 from pixelcnn_lit.pictures import grid, save
 from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.samplers import refuse_steering
@@ -44,7 +44,9 @@ def main(
     batch_size: Annotated[int, Range(1)],
     sampler: dict[str, Any],
     dataset: dict[str, Any],
+    threads: Threads,
 ) -> None:
+    to_draw = take_threads(threads)
     model, judge = load(ckpt).to(best_device()), load_classifier(classifier_ckpt).to(best_device())
     if not model.knows_classes:
         raise UserError(f"ckpt={ckpt}: draws without classes, which a judge could not find again; type another")
@@ -60,6 +62,9 @@ def main(
         raise UserError("temperatures and guidance_scales: type at least one number in each")
     data = saved_or_given(ckpt, dict(model.hparams), dataset)
 
+    to_read = take_threads(threads, step_work(judge, model.image_shape, batch_size))
+    say_threads(model.device, to_read, what="to read")
+    say_threads(model.device, to_draw, processes_of(to_draw), "to draw")
     training = read(judge, data.train.x, batch_size)
     n = min(sampler["n_per_class"], int(torch.bincount(data.test.y).min()))
     if n < 2:
@@ -68,7 +73,7 @@ def main(
     real = read(judge, data.test.x, batch_size)
     verdicts = {REAL: verdict(real, data.test.y, training, model.num_classes, n)}
     for name, point in points.items():
-        images = model.draw(point, progress=True).cpu()  # [K,n_per_class,C,H,W]
+        images = model.draw(point, threads=to_draw, processes=processes_of(to_draw), progress=True).cpu()  # [K,n,C,H,W]
         y = torch.arange(len(images)).repeat_interleave(images.shape[1])
         drawn = read(judge, images.flatten(0, 1), batch_size)
         verdicts[name] = verdict(drawn, y, training, model.num_classes, n)

@@ -17,7 +17,7 @@ from pixelcnn_lit.run_dir import new_dir, shown
 
 CONFIG = "config.yaml"  # beside the checkpoints: all settings of the run
 CONTROLS = ("run_dir", "ckpt", "skip_completed", "debug")  # are typed for one command, and are no settings of the run
-CHANGEABLE = ("trainer", "callbacks", "dataset.root", "dataset.path")  # when it goes on
+CHANGEABLE = ("trainer", "callbacks", "dataset.root", "dataset.path", "threads")  # when it goes on
 
 
 def run_of(ckpt: str | None, parent: str) -> str:
@@ -81,7 +81,7 @@ def typed_settings(overrides: Sequence[str]) -> list[str]:
 
 
 def saved_settings(directory: Path, typed: Sequence[str]) -> dict[str, Any]:
-    """The settings saved in a run's directory, with what is `typed` of its trainer and callbacks changed in them.
+    """The settings saved in a run's directory, with what is `typed` of those that are CHANGEABLE changed in them.
 
     What an override changes is told by composing conf/ with it and without. Raises UserError if it changes more.
     """
@@ -120,7 +120,7 @@ def _take_over(saved: dict[str, Any], before: dict[str, Any], after: dict[str, A
         elif not key.startswith(CHANGEABLE) or key in CHANGEABLE[:2]:
             raise UserError(
                 f"{key} is {old} in the run and {new} here; a run goes on with its own settings: "
-                "type trainer.* and callbacks.* alone"
+                "type trainer.*, callbacks.* and threads alone"
             )
         elif name in after:
             saved[name] = new

@@ -14,26 +14,32 @@ import numpy as np
 from torch import Tensor
 
 from pixelcnn_lit.lit import load
-from pixelcnn_lit.machine import best_device
+from pixelcnn_lit.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.pictures import animate, grid, save
 from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.samplers import require_known
+from pixelcnn_lit.samplers import Pace, require_known
 
 FRAMES = 60
 
 
-def main(ckpt: str, classes: list[int] | None, sampler: dict[str, Any], gif: bool) -> None:
+def main(ckpt: str, classes: list[int] | None, sampler: dict[str, Any], gif: bool, threads: Threads) -> None:
+    threads = take_threads(threads)
     model = load(ckpt).to(best_device())
     asked = model.classes if classes is None else classes
     require_known(f"classes={asked}", asked, model.known_classes)
-    directory, filling = run_dir(), Filling()
-    images = model.draw(sampler, asked, watch=filling if gif else None, progress=True).cpu()
+    directory, filling, pace = run_dir(), Filling(), Pace()
+    processes = 1 if gif else processes_of(threads)
+    say_threads(model.device, threads, processes)
+    watch = filling if gif else None
+    images = model.draw(sampler, asked, threads, watch=watch, progress=True, processes=processes, pace=pace).cpu()
     save(grid(images, model.levels), directory / "samples.png")
     if gif:
         animate([grid(frame, model.levels) for frame in [*filling.frames, images]], directory / "samples.gif")
     pixels, labels = images.flatten(0, 1).permute(0, 2, 3, 1), np.repeat(asked, images.shape[1])
     np.savez(directory / "samples.npz", images=pixels.numpy(), labels=labels)
-    print(f"{len(pixels)} images of classes {asked}: {shown(directory / 'samples.png')} and samples.npz beside it")
+    print(
+        f"{len(pixels)} images of classes {asked}{pace}: {shown(directory / 'samples.png')} and samples.npz beside it"
+    )
 
 
 class Filling:

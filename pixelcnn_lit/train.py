@@ -19,6 +19,7 @@ from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.files import write_text
 from pixelcnn_lit.fitting import fit, start_or_go_on
 from pixelcnn_lit.lit import DensityModel, load
+from pixelcnn_lit.machine import Threads, take_threads
 from pixelcnn_lit.run_dir import shown
 
 
@@ -35,9 +36,11 @@ def train(
     callbacks: dict[str, Any],
     seed: Annotated[int, Range(0, 2**32 - 1)],
     overrides: list[str],  # as typed, for the table of a sweep
+    threads: Threads = None,
     **model: Any,  # the settings of DensityModel
 ) -> None:
     """Fit in `directory`, from the checkpoint `start` on if there is one; test the best weights; leave result.json."""
+    take_threads(threads)  # weights are drawn on as many, whatever training takes
     data = image_data(dataset, seed)
     data.setup()
     L.seed_everything(seed, workers=True, verbose=False)
@@ -45,7 +48,7 @@ def train(
     check("", DensityModel, model, known=facts)
     density = DensityModel(**facts, **model)
     compared = {"seed": seed, "dataset": dataset, **model, "trainer": trainer}
-    beside = {"sampler": sampler, "callbacks": callbacks, "overrides": overrides}
+    beside = {"sampler": sampler, "callbacks": callbacks, "overrides": overrides, "threads": threads}
     fitter, checkpoint, stopwatch, extras = fit(directory, start, density, data, compared, beside)
     best = load(checkpoint)
     n_params = sum(p.numel() for p in best.parameters())  # counted before FSDP spreads them over the cards

@@ -21,6 +21,7 @@ from pixelcnn_lit.data.images import channel_statistics
 from pixelcnn_lit.data.module import image_data
 from pixelcnn_lit.files import write_text
 from pixelcnn_lit.fitting import fit, start_or_go_on
+from pixelcnn_lit.machine import Threads, take_threads
 from pixelcnn_lit.run_dir import shown
 
 
@@ -36,9 +37,11 @@ def train(
     callbacks: dict[str, Any],
     seed: Annotated[int, Range(0, 2**32 - 1)],
     overrides: list[str],  # as typed, for the table of a sweep
+    threads: Threads = None,
     **settings: Any,  # of Classifier
 ) -> None:
     """Fit in `directory`, from the checkpoint `start` on if there is one; test the best weights; leave result.json."""
+    take_threads(threads)  # weights are drawn on as many, whatever training takes
     data = image_data(dataset, seed)
     data.setup()
     L.seed_everything(seed, workers=True, verbose=False)
@@ -50,7 +53,8 @@ def train(
         classifier.net.load_pretrained()
     rank_zero_only(print)(summarize(classifier, max_depth=3))
     compared = {"seed": seed, "dataset": dataset, **settings, "trainer": trainer}
-    fitted = fit(directory, start, classifier, data, compared, {"callbacks": callbacks, "overrides": overrides})
+    beside = {"callbacks": callbacks, "overrides": overrides, "threads": threads}
+    fitted = fit(directory, start, classifier, data, compared, beside)
     best, fitter = load_classifier(fitted.best_checkpoint), fitted.trainer
     fitter.test(best, data, verbose=False)
     if not fitter.is_global_zero:

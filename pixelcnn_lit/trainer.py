@@ -1,4 +1,4 @@
-"""The Lightning Trainer of a config."""
+"""The Lightning Trainer of a config, and what it takes of the CPU."""
 
 import logging
 import signal
@@ -16,7 +16,7 @@ from torch import nn
 
 from pixelcnn_lit.build import check
 from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.machine import fast_bf16
+from pixelcnn_lit.machine import fast_bf16, say_threads, take_threads
 
 
 class EndWaitingProcesses(Callback):
@@ -67,6 +67,31 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
         # Validation runs through the wrapper; its broadcast of buffers waits for ever for ranks without a batch left.
         trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
     return trainer
+
+
+def settle_threads(trainer: L.Trainer, typed: int | None, work: float) -> int | None:
+    """Take the threads of each of the trainer's processes on a CPU, and say so once; return their number.
+
+    `work` is that of a step of all processes together, as `step_work` has it. On other devices the number is `typed`.
+    """
+    device = trainer.strategy.root_device
+    if device.type != "cpu":
+        return typed
+    threads = take_threads(typed, work / trainer.world_size, trainer.num_devices)
+    trainer.callbacks.append(Threads(threads))  # pyright: ignore[reportAttributeAccessIssue]
+    if trainer.is_global_zero:
+        say_threads(device, threads)
+    return threads
+
+
+class Threads(Callback):
+    """Lets torch keep its threads in each of several processes, for which Lightning's launcher has another number."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        take_threads(self.threads)
 
 
 def share_buffers(trainer: L.Trainer, net: nn.Module) -> None:

@@ -326,6 +326,7 @@ def test_guidance_of_a_model_trained_with_label_dropout_draws(tmp_path, monkeypa
 
 
 def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pixelcnn_lit.benchmark, "cores", lambda: 2)
     small = ["model_size=tiny", "model.norm=batch", "image_shape=[1,6,6]", "batch_size=2", "rounds=1"]
     command("benchmark", *small, f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "benchmark.json").read_text())
@@ -334,6 +335,9 @@ def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeyp
     assert result["sampling"]["sampling, naive"]["times naive"] == 1
     assert "of a dense convolution" in capsys.readouterr().out
     assert set(result["training"]) == {"training, as published", "training, fp32", "training, bf16"}
+    assert list(result["threads"]) == [f"{kind}, threads={n}" for kind in ("training", "cached") for n in (1, 2)]
+    assert result["threads"]["cached, threads=1"]["times threads=1"] == 1
+    assert (result["threads to train"], result["threads to sample"]) == (1, 1)
 
 
 def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_work():

@@ -14,11 +14,13 @@ from typing import Any
 
 from pixelcnn_lit.data.images import channel_statistics, first_of_each_class
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
+from pixelcnn_lit.machine import Threads, take_threads
 from pixelcnn_lit.pictures import grid, save
 from pixelcnn_lit.run_dir import run_dir, shown
 
 
-def main(dataset: dict[str, Any]) -> None:
+def main(dataset: dict[str, Any], threads: Threads) -> None:
+    take_threads(threads)
     data = image_data(dataset)
     data.setup()
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
