@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import shutil
 import zipfile
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from pixelcnn_lit.budget import MemoryBudget
 from pixelcnn_lit.errors import UserError, first_line
 from pixelcnn_lit.files import whole
 from pixelcnn_lit.rounding import restored
@@ -112,18 +114,42 @@ def rebuild(path: str, kind: Any, **changed: Any) -> Any:
     if not settings.keys() >= set(kind.IDENTITY):
         raise UserError(f"ckpt={path}: not a checkpoint of this program's {kind.TITLE}s; type another")
     try:
-        weights = restored(checkpoint["state_dict"])
-        with torch.device("meta"):  # without memory: a stranger's settings may ask for any amount of it
-            kind(**settings).load_state_dict(weights, assign=True)
-        model = kind(**settings)
-        model.load_state_dict(weights)
+        model = _built(kind, settings, restored(checkpoint["state_dict"]))
     except UserError:
         raise
     except Exception as error:  # whatever a stranger's values lead to
         raise UserError(f"ckpt={path}: not a checkpoint of this program ({first_line(error)})") from error
-    if not all(bool(values.isfinite().all()) for values in model.state_dict().values()):
+    if not all(bool(values.isfinite().all()) for values in model.state_dict().values() if isinstance(values, Tensor)):
         raise UserError(f"ckpt={path}: some of its weights are not finite; type another ckpt")
     return model.eval()
+
+
+def _built(kind: Any, settings: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    """A module of its settings, with its weights. Settings that ask for far more memory than these do not get it."""
+    tensors = [weight for weight in weights.values() if isinstance(weight, Tensor)]
+    held = sum(weight.nbytes for weight in tensors)
+    with MemoryBudget(8 * held + 2**29):  # networks take three times their weights to start; masks may be large
+        module = kind(**settings)
+    if any(weight.dtype == torch.float64 for weight in tensors):
+        module.double()
+    module.load_state_dict(weights)
+    return module
+
+
+def require_loadable(module: Any) -> None:
+    """Raise UserError unless a checkpoint of `module` could be loaded: before it is trained, and not afterwards."""
+    file = io.BytesIO()
+    try:
+        torch.save(dict(module.hparams), file)
+        file.seek(0)
+        with torch.random.fork_rng(devices=[]):
+            _built(type(module), torch.load(file, weights_only=True), module.state_dict())
+    except Exception as error:  # whatever its constructor leads to
+        cause = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{module.IDENTITY[0]}: cannot be built again from its settings, and so no checkpoint of it loaded "
+            f"({cause}); its constructor must make the same of the same plain values"
+        ) from error
 
 
 def require_same(path: str, saved: dict[str, Any], present: dict[str, Any]) -> None:

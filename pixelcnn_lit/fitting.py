@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from pixelcnn_lit.build import build, check
 from pixelcnn_lit.callbacks import EpochLine, FiniteGuard, HParams, ScoreAtTheEnd, Stopwatch, TrainingLoss
-from pixelcnn_lit.checkpoints import AtomicCheckpointIO, read_checkpoint, require_same
+from pixelcnn_lit.checkpoints import AtomicCheckpointIO, read_checkpoint, require_loadable, require_same
 from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.errors import UserError, first_line
 from pixelcnn_lit.files import write_text
@@ -95,6 +95,7 @@ def fit(
         settings: those that a sweep varies. beside: those that are saved with them; in the place of their `threads`
             the number that was taken, so that a run that goes on takes it again.
     """
+    require_loadable(module)
     torch.compiler.reset()  # the jobs of a sweep share a process: from the ninth on, none would be compiled
     stopwatch, loss, saved_with = Stopwatch(), TrainingLoss(), settings | beside
     extras = [build(f"callbacks.{name}", own, Callback) for name, own in saved_with["callbacks"].items()]

@@ -215,14 +215,16 @@ def test_weights_that_belong_to_nothing_are_refused(tmp_path, model, added):
         load(str(tmp_path / "x.ckpt"))
 
 
-def test_settings_that_do_not_fit_the_weights_get_no_memory(tmp_path, model, monkeypatch):
-    settings = {**model.hparams, "model": {**model.hparams["model"], "hidden_channels": 16}}
+@pytest.mark.parametrize("where", ["hidden_channels", "level_channels"])
+def test_settings_that_do_not_fit_the_weights_get_no_memory(tmp_path, model, monkeypatch, where):
+    """But what any constructor needs: nothing is allocated that would go beyond the budget."""
+    settings = {**model.hparams, "model": {**model.hparams["model"], where: 10**8}}
     torch.save({"hyper_parameters": settings, "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
-    devices, normal = set(), torch.nn.init.normal_
-    monkeypatch.setattr(torch.nn.init, "normal_", lambda w, **own: devices.add(w.device.type) or normal(w, **own))
-    with pytest.raises(UserError, match="not a checkpoint of this program"):
+    made, normal = [], torch.nn.init.normal_
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda w, **own: made.append(w.nbytes) or normal(w, **own))
+    with pytest.raises(UserError, match=r"asks for more than [\d,]+ bytes of memory"):
         load(str(tmp_path / "x.ckpt"))
-    assert devices == {"meta"}
+    assert sum(made) < 2**30
 
 
 def test_an_archive_that_would_unpack_to_any_size_is_refused(tmp_path, model):
