@@ -1,20 +1,19 @@
 """What the README shows is real: its examples keep the laws, its commands compose, its pictures are there."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
-from test_laws import check_context, check_no_future, redraw
 
 from pixelcnn_lit.checkpoints import WEIGHTS
 from pixelcnn_lit.command import CONF
-from pixelcnn_lit.data.module import ImageData
-from pixelcnn_lit.likelihoods import Categorical
-from pixelcnn_lit.samplers import Request, draw
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,36 +57,36 @@ def test_an_experiment_opens_with_its_own_command(path):
     assert second.startswith(f"# python -m pixelcnn_lit.train experiment={path.stem}")
 
 
-def python_example(word: str) -> dict:
-    """The names defined by the README's python block that contains `word`."""
-    names: dict = {}
-    exec(next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in block), names)
-    return names
+# Files that the README shows: their path between backticks, a colon, the file.
+SHOWN = re.findall(r"`((?:pixelcnn_lit|conf)/[\w/]+\.\w+)`[^\n]*:\n\n```\w+\n(.*?)```", README, re.DOTALL)
+IN_A_CHECKOUT = """
+import sys, pytest
+from helpers import command
+command("data", "dataset=stripes", "dataset.num_workers=0")
+command("train", "model=rowcnn", "dataset=stripes", "model_size=tiny", "trainer=cpu", "trainer.max_steps=1",
+    "dataset.num_workers=0")
+sys.exit(pytest.main(["tests/test_laws.py", "tests/test_samplers.py", "-k", "rowcnn", "-q"]))
+"""
 
 
-def test_the_network_of_the_readme_keeps_the_laws():
-    sizes = {"num_classes": 3, "levels": 17, "out_channels": 8, "hidden_channels": 8, "n_residual": 2}
-    for image_shape in ((1, 7, 7), (3, 2, 5)):
-        net = python_example("class RowCNN")["RowCNN"](image_shape=image_shape, **sizes).double()
-        redraw(net)
-        check_no_future(net, image_shape)
-        if image_shape == (1, 7, 7):
-            check_context(net)
-        inside = Categorical(image_shape, 17, width=8, ordinal=True).double()
-        net = python_example("class RowCNN")["RowCNN"](
-            image_shape=image_shape, **sizes | {"out_channels": inside.out_channels}
-        )
-        request = Request(net.double(), inside, torch.tensor([0, 2]), image_shape, 3, [0, 2])
-        assert torch.equal(draw(request, method="cached"), draw(request, method="naive"))  # it has no step
-
-
-def test_the_dataset_of_the_readme_is_served():
-    data = ImageData(python_example("def stripes")["stripes"], name="stripes", batch_size=16, num_workers=0)
-    data.setup()
-    assert data.label == "stripes 1×8×8, 256 levels"
-    x, y = next(iter(data.train_dataloader()))
-    assert x.dtype == torch.uint8
-    assert torch.equal(x[:, 0, 0, 1] == 255, y == 0)
+def test_what_the_readme_shows_is_put_into_a_checkout_unedited_and_keeps_the_laws(tmp_path):
+    for part in ("conf", "pixelcnn_lit"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    (tmp_path / "tests").mkdir()
+    for file in (*(ROOT / "tests").glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(file, tmp_path / file.relative_to(ROOT))
+    assert len(SHOWN) == 4
+    for path, content in SHOWN:
+        assert not (tmp_path / path).exists()
+        (tmp_path / path).write_text(content)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{tmp_path / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_CHECKOUT], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stripes 1×8×8, 256 levels: val " in done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20, done.stdout
 
 
 def test_the_pictures_of_the_readme_are_there():

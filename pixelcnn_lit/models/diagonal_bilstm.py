@@ -43,6 +43,7 @@ class DiagonalBiLSTM(nn.Module):
     """
 
     train_is_likelihood = True
+    no_blind_spot = True
     layers: Any
 
     def __init__(

@@ -37,6 +37,7 @@ class GatedPixelCNN(nn.Module):
     """
 
     train_is_likelihood = True
+    no_blind_spot = True
     replayable = True  # as a CUDA graph: see `step`
     layers: Any
 

@@ -45,6 +45,7 @@ class PixelAttention(nn.Module):
     """
 
     train_is_likelihood = True
+    no_blind_spot = True
     blocks: Any
     attention: Any
 

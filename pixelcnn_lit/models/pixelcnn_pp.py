@@ -46,6 +46,7 @@ class PixelCNNPP(nn.Module):
     """
 
     train_is_likelihood = True
+    no_blind_spot = True
     body: Any
 
     def __init__(
