@@ -1,6 +1,7 @@
 """What several files of tests do."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -8,12 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from lightning.fabric.utilities import rank_zero
 
 from pixelcnn_lit.command import run
 from pixelcnn_lit.launch import launch
@@ -24,6 +25,65 @@ def command(name: str, *overrides: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *overrides])
         run(name)
+
+
+# Runs and their data
+
+TINY = [
+    "model_size=tiny",
+    "trainer=cpu",
+    "trainer.log_every_n_steps=1",
+    "trainer.limit_train_batches=4",
+    "sampler.n_per_class=1",
+]
+
+
+def one_run(directory: Path, *overrides: str) -> dict:
+    """Train a tiny model for two epochs in `directory`, on the digits if nothing else is asked for: its result.json."""
+    command("train", *TINY, "trainer.max_epochs=2", f"run_dir={directory}", *overrides)
+    return json.loads((directory / "result.json").read_text())
+
+
+class Killed(Exception):
+    """Nothing is saved when it strikes, as nothing is at a SIGKILL."""
+
+
+@contextlib.contextmanager
+def killed(owner: type, method: str, after: int) -> Iterator[None]:
+    """A run that ends inside, at call number `after` + 1 of a method of its module."""
+    original, calls = getattr(owner, method), []
+
+    def dying(self, *arguments):
+        calls.append(1)
+        if len(calls) > after:
+            raise Killed
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, dying)
+        with pytest.raises(Killed):
+            yield
+
+
+def save_npz(
+    path: Path, shape: tuple[int, ...] = (6, 5, 3), n: int = 40, n_test: int = 8, classes: int = 4, **changes: Any
+) -> dict[str, np.ndarray]:
+    """Write an archive of noise, which `changes` replaces or, where None, leaves out. Returns its arrays."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "train_images": rng.integers(256, size=(n, *shape), dtype=np.uint8),
+        "train_labels": np.arange(n) % classes,
+        "test_images": rng.integers(256, size=(n_test, *shape), dtype=np.uint8),
+        "test_labels": np.arange(n_test) % classes,
+    } | changes
+    arrays = {key: value for key, value in arrays.items() if value is not None}
+    np.savez(path, **arrays)
+    return arrays
+
+
+def archive(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as content:
+        return dict(content)
 
 
 # Commands as processes
@@ -182,6 +242,8 @@ def _command_in(
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    from lightning.fabric.utilities import rank_zero
+
     rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0  # which Lightning asked for when it was imported
     sys.argv = [name, *overrides]
     if before:

@@ -11,7 +11,7 @@ from helpers import command
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_laws import configs, redraw
+from tiny import configs, redraw
 from torch import nn
 
 from pixelcnn_lit.bayes import class_log_likelihoods, marginal, posterior, score

@@ -1,7 +1,7 @@
 """Diagonal BiLSTM against its equation, pixel by pixel."""
 
 import torch
-from test_laws import redraw
+from tiny import redraw
 from torch import Tensor
 
 from pixelcnn_lit.models.diagonal_bilstm import DiagonalLayer, skewed, straight

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_laws import check_context, check_no_future, make
+from tiny import check_context, check_no_future, make
 
 
 @pytest.mark.parametrize("n_residual", [3, 6, 13])

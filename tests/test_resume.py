@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import command
+from helpers import command, killed
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -41,28 +42,14 @@ RUN = [
 PLATEAU = ["scheduler=plateau", "scheduler.patience=0", "+scheduler.threshold=1.0"]  # halves at every validation
 
 
-class Killed(Exception):
-    """Nothing is saved when it strikes, as nothing is at a SIGKILL."""
-
-
 def train(directory: Path, *overrides: str) -> None:
     command("train", f"run_dir={directory}", *overrides)
 
 
-def killed(directory: Path, overrides: list[str], where: str, after: int) -> None:
-    """A run that is killed at its call number `after` of the DensityModel's method `where`."""
-    original, calls = getattr(DensityModel, where), []
-
-    def dying(self, *arguments):
-        calls.append(1)
-        if len(calls) > after:
-            raise Killed
-        return original(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DensityModel, where, dying)
-        with pytest.raises(Killed):
-            train(directory, *overrides)
+def cut_off(directory: Path, overrides: list[str], where: str, after: int) -> None:
+    """A run that is killed after `after` calls of the DensityModel's method `where`."""
+    with killed(DensityModel, where, after):
+        train(directory, *overrides)
 
 
 def final(directory: Path) -> dict:
@@ -127,42 +114,67 @@ def whole(tmp_path_factory):
     return run
 
 
+@pytest.fixture
+def finished(tmp_path, whole) -> Path:
+    """A copy of the plain run."""
+    return shutil.copytree(whole("plain"), tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def cut_at_step_8(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("cut")
+    cut_off(directory, RUN, "training_step", 8)
+    return directory
+
+
+@pytest.fixture
+def cut(tmp_path, cut_at_step_8) -> Path:
+    """A copy of a run that was killed in its second epoch of three."""
+    return shutil.copytree(cut_at_step_8, tmp_path / "run")
+
+
+# By default each variant once, in a step and in a validation where it has its own; the other moments are many.
+MOMENTS = [
+    ("plain", "training_step", 5),
+    ("plain", "validation_step", 5),
+    ("plateau", "validation_step", 2),
+    ("workers", "training_step", 8),
+    ("accumulated", "training_step", 8),
+    ("two validations an epoch", "training_step", 7),
+    ("two validations an epoch", "validation_step", 6),
+    ("the same on a plateau", "validation_step", 3),
+    ("a validation every other epoch", "training_step", 10),
+    ("the same by steps", "training_step", 5),
+    ("stopped by max_steps", "training_step", 11),
+    ("no scheduler", "training_step", 8),
+    ("another likelihood", "training_step", 8),
+    ("longer epochs", "training_step", 6),
+]
+OTHER_MOMENTS = [
+    ("plain", "training_step", 3),
+    ("plain", "training_step", 6),
+    ("plain", "training_step", 14),
+    ("plain", "validation_step", 1),
+    ("plateau", "training_step", 7),
+    ("workers", "training_step", 10),
+    ("accumulated", "validation_step", 2),
+    ("two validations an epoch", "training_step", 4),
+    ("two validations an epoch", "validation_step", 1),
+    ("the same on a plateau", "training_step", 5),
+    ("a validation every other epoch", "training_step", 5),
+    ("a validation every other epoch", "training_step", 16),
+    ("stopped by max_steps", "validation_step", 5),
+]
+
+
 @pytest.mark.parametrize(
     ("variant", "where", "after"),
-    [
-        ("plain", "training_step", 3),
-        ("plain", "training_step", 5),
-        ("plain", "training_step", 6),
-        ("plain", "training_step", 14),
-        ("plain", "validation_step", 1),
-        ("plain", "validation_step", 5),
-        ("plateau", "training_step", 7),
-        ("plateau", "validation_step", 2),
-        ("workers", "training_step", 8),
-        ("workers", "training_step", 10),
-        ("accumulated", "training_step", 8),
-        ("accumulated", "validation_step", 2),
-        ("two validations an epoch", "training_step", 4),
-        ("two validations an epoch", "training_step", 7),
-        ("two validations an epoch", "validation_step", 1),
-        ("two validations an epoch", "validation_step", 6),
-        ("the same on a plateau", "training_step", 5),
-        ("the same on a plateau", "validation_step", 3),
-        ("a validation every other epoch", "training_step", 5),
-        ("a validation every other epoch", "training_step", 10),
-        ("a validation every other epoch", "training_step", 16),
-        ("the same by steps", "training_step", 5),
-        ("stopped by max_steps", "training_step", 11),
-        ("stopped by max_steps", "validation_step", 5),
-        ("no scheduler", "training_step", 8),
-        ("another likelihood", "training_step", 8),
-        ("longer epochs", "training_step", 6),
-    ],
+    [*MOMENTS, *(pytest.param(*moment, marks=pytest.mark.long) for moment in OTHER_MOMENTS)],
 )
 def test_law_7_a_run_killed_anywhere_ends_like_one_never_killed(tmp_path, whole, variant, where, after):
     settings = [*RUN, *VARIANTS[variant]]
     expected = whole(variant)
-    killed(tmp_path / "run", settings, where, after)
+    cut_off(tmp_path / "run", settings, where, after)
     train(tmp_path / "run", "ckpt=last")
     assert_same(final(tmp_path / "run"), final(expected))
     assert curves(tmp_path / "run") == curves(expected)
@@ -172,7 +184,7 @@ def test_law_7_a_run_killed_anywhere_ends_like_one_never_killed(tmp_path, whole,
 
 def test_a_run_directory_that_was_moved_goes_on(tmp_path, monkeypatch):
     """Its best score, too, which Lightning alone would forget: here what follows is worse."""
-    killed(tmp_path / "here", RUN, "training_step", 13)
+    cut_off(tmp_path / "here", RUN, "training_step", 13)
     (tmp_path / "here").rename(tmp_path / "there")
     nats = DensityModel.nats
     monkeypatch.setattr(DensityModel, "nats", lambda self, *batch: nats(self, *batch) * (1 if self.training else 2))
@@ -188,76 +200,69 @@ def test_a_run_goes_on_from_the_path_of_its_checkpoint_alone(tmp_path, whole, mo
     """From the best one, too, though it was written at another moment of the epoch."""
     monkeypatch.chdir(tmp_path)
     for name, after in (("last", 13), ("best", 12)):
-        killed(tmp_path / name, RUN, "training_step", after)
+        cut_off(tmp_path / name, RUN, "training_step", after)
         command("train", f"ckpt={name}/checkpoints/{name}.ckpt")
         assert_same(final(tmp_path / name), final(whole("plain")))
 
 
-def test_another_choice_changes_what_differs_from_the_first_and_no_more(tmp_path):
-    killed(tmp_path, RUN, "training_step", 8)
-    train(tmp_path, "ckpt=last", "trainer=auto", "trainer.accelerator=cpu", "callbacks=no_ema", "callbacks=default")
-    settings = OmegaConf.load(tmp_path / "config.yaml")
+def test_another_choice_changes_what_differs_from_the_first_and_no_more(cut):
+    train(cut, "ckpt=last", "trainer=auto", "trainer.accelerator=cpu", "callbacks=no_ema", "callbacks=default")
+    settings = OmegaConf.load(cut / "config.yaml")
     assert settings.trainer.limit_train_batches == 5
     assert settings.trainer.accelerator == "cpu"
-    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 15
+    assert json.loads((cut / "result.json").read_text())["steps"] == 15
 
 
-def test_a_shorter_run_than_before_reports_the_score_of_the_weights_it_kept(tmp_path):
-    train(tmp_path, *RUN)
-    first = json.loads((tmp_path / "result.json").read_text())
-    train(tmp_path, "ckpt=last", "trainer.max_epochs=2")
-    again = json.loads((tmp_path / "result.json").read_text())
+def test_a_shorter_run_than_before_reports_the_score_of_the_weights_it_kept(finished):
+    first = json.loads((finished / "result.json").read_text())
+    train(finished, "ckpt=last", "trainer.max_epochs=2")
+    again = json.loads((finished / "result.json").read_text())
     assert [first[key] for key in ("val/nll", "test/nll")] == [again[key] for key in ("val/nll", "test/nll")]
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        *("trainer.limit_train_batches=0.0001", "trainer.val_check_interval=100", "trainer.limit_test_batches=0"),
-        *("~trainer", "~callbacks", "callbacks.ema=null", "trainer.precision=bf17", "callbacks=no_ema"),
-    ],
-)
-def test_a_mistake_when_going_on_costs_a_finished_run_nothing(tmp_path, capsys, mistake):
-    train(tmp_path, *RUN)
-    kept = [tmp_path / "result.json", tmp_path / "config.yaml", *(tmp_path / "checkpoints").iterdir()]
+MISTAKES = [
+    *("trainer.limit_train_batches=0.0001", "trainer.val_check_interval=100", "trainer.limit_test_batches=0"),
+    *("~trainer", "~callbacks", "callbacks.ema=null", "trainer.precision=bf17", "callbacks=no_ema"),
+]
+
+
+def test_a_mistake_when_going_on_costs_a_finished_run_nothing(finished):
+    kept = [finished / "result.json", finished / "config.yaml", *(finished / "checkpoints").iterdir()]
     before = [path.read_bytes() for path in kept]
-    with pytest.raises(SystemExit) as stop:
-        train(tmp_path, "ckpt=last", "trainer.max_epochs=4", mistake)
-    assert isinstance(stop.value.code, str)
-    assert [path.read_bytes() for path in kept] == before
-    train(tmp_path, "ckpt=last", "trainer.max_epochs=4")
+    for mistake in MISTAKES:
+        with pytest.raises(SystemExit) as stop:
+            train(finished, "ckpt=last", "trainer.max_epochs=4", mistake)
+        assert isinstance(stop.value.code, str), mistake
+        assert [path.read_bytes() for path in kept] == before, mistake
+    train(finished, "ckpt=last", "trainer.max_epochs=4")
 
 
-def test_two_processes_do_not_share_a_run_directory(tmp_path):
-    killed(tmp_path, RUN, "training_step", 8)
-    with alone_in(tmp_path), pytest.raises(SystemExit, match="another process trains there"):
-        train(tmp_path, "ckpt=last")
-    train(tmp_path, "ckpt=last")
+def test_two_processes_do_not_share_a_run_directory(cut):
+    with alone_in(cut), pytest.raises(SystemExit, match="another process trains there"):
+        train(cut, "ckpt=last")
+    train(cut, "ckpt=last")
 
 
-def test_a_finished_job_is_left_alone_only_if_it_is_the_one_that_is_typed(tmp_path, capsys):
-    train(tmp_path, *RUN)
-    before = (tmp_path / "result.json").stat().st_mtime_ns
-    train(tmp_path, *RUN, "skip_completed=true")
+def test_a_finished_job_is_left_alone_only_if_it_is_the_one_that_is_typed(finished, capsys):
+    before = (finished / "result.json").stat().st_mtime_ns
+    train(finished, *RUN, "skip_completed=true")
     assert "completed before, left alone" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="completed with"):
-        train(tmp_path, *RUN, "model.n_residual=3", "skip_completed=true")
-    assert (tmp_path / "result.json").stat().st_mtime_ns == before
+        train(finished, *RUN, "model.n_residual=3", "skip_completed=true")
+    assert (finished / "result.json").stat().st_mtime_ns == before
 
 
-def test_links_on_the_way_to_a_checkpoint_are_followed(tmp_path):
-    killed(tmp_path / "run", RUN, "training_step", 8)
-    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
-    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
-    train(tmp_path / "run", "ckpt=last")
-    assert (tmp_path / "run" / "result.json").is_file()
+def test_links_on_the_way_to_a_checkpoint_are_followed(tmp_path, cut):
+    (cut / "checkpoints").rename(tmp_path / "elsewhere")
+    (cut / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    train(cut, "ckpt=last")
+    assert (cut / "result.json").is_file()
 
 
-def test_a_checkpoint_of_a_stranger_removes_nothing_outside(tmp_path):
-    killed(tmp_path / "run", RUN, "training_step", 8)
+def test_a_checkpoint_of_a_stranger_removes_nothing_outside(tmp_path, cut):
     victim = tmp_path / "victim"
     (victim / "sub").mkdir(parents=True)
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last = cut / "checkpoints" / "last.ckpt"
     content = torch.load(last, weights_only=True)
     for state in content["callbacks"].values():
         if "best_model_path" in state:
@@ -265,7 +270,7 @@ def test_a_checkpoint_of_a_stranger_removes_nothing_outside(tmp_path):
             state |= {"kth_best_model_path": path, "best_model_path": path, "kth_value": torch.tensor(9.0)}
             state["best_k_models"] = {path: torch.tensor(9.0)}
     torch.save(content, last)
-    train(tmp_path / "run", "ckpt=last")
+    train(cut, "ckpt=last")
     assert (victim / "sub").is_dir()
 
 
@@ -277,12 +282,11 @@ def test_a_checkpoint_of_a_stranger_removes_nothing_outside(tmp_path):
     ],
     ids=str,
 )
-def test_a_crafted_state_gets_one_line(tmp_path, damage):
-    killed(tmp_path, RUN, "training_step", 8)
-    last = tmp_path / "checkpoints" / "last.ckpt"
+def test_a_crafted_state_gets_one_line(cut, damage):
+    last = cut / "checkpoints" / "last.ckpt"
     torch.save(torch.load(last, weights_only=True) | damage, last)
     with pytest.raises(SystemExit) as stop:
-        train(tmp_path, "ckpt=last")
+        train(cut, "ckpt=last")
     assert isinstance(stop.value.code, str)
     assert "\n" not in stop.value.code
 
@@ -309,18 +313,16 @@ def test_a_signal_in_a_validation_never_loses_what_was_not_saved(tmp_path, whole
     assert_same(final(tmp_path / "cut"), final(tmp_path / "whole"))
 
 
-def test_what_is_typed_of_trainer_and_callbacks_changes_and_stays_changed(tmp_path):
-    killed(tmp_path, RUN, "training_step", 8)
-    killed(tmp_path, ["ckpt=last", "trainer.max_epochs=4", "~callbacks.samples"], "training_step", 1)
-    train(tmp_path, "ckpt=last")
-    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 20
-    assert not (tmp_path / "samples.png").exists()
+def test_what_is_typed_of_trainer_and_callbacks_changes_and_stays_changed(cut):
+    cut_off(cut, ["ckpt=last", "trainer.max_epochs=4", "~callbacks.samples"], "training_step", 1)
+    train(cut, "ckpt=last")
+    assert json.loads((cut / "result.json").read_text())["steps"] == 20
+    assert not (cut / "samples.png").exists()
 
 
-def test_the_overrides_of_a_run_are_those_it_began_with(tmp_path):
-    killed(tmp_path, RUN, "training_step", 8)
-    train(tmp_path, "ckpt=last")
-    assert json.loads((tmp_path / "result.json").read_text())["overrides"] == RUN
+def test_the_overrides_of_a_run_are_those_it_began_with(cut):
+    train(cut, "ckpt=last")
+    assert json.loads((cut / "result.json").read_text())["overrides"] == RUN
 
 
 def test_chance_within_a_step_does_not_depend_on_what_was_drawn_before(tmp_path, whole):
@@ -348,7 +350,7 @@ def test_each_step_and_process_draws_its_own_numbers():
 
 
 @pytest.mark.parametrize("where", ["loss", "weight", "validation"])
-def test_a_run_that_leaves_the_numbers_stops_and_keeps_what_was_good(tmp_path, monkeypatch, capsys, where):
+def test_a_run_that_leaves_the_numbers_stops_and_keeps_what_was_good(tmp_path, cut, monkeypatch, where):
     original = {name: getattr(DensityModel, name) for name in ("training_step", "nats")}
 
     def broken_training(self, batch, index):
@@ -361,16 +363,17 @@ def test_a_run_that_leaves_the_numbers_stops_and_keeps_what_was_good(tmp_path, m
         return original["nats"](self, x, y) * (math.nan if where == "validation" and not self.training else 1)
 
     monkeypatch.setattr(DensityModel, "training_step", broken_training)
+    directory, asked = tmp_path / "new", RUN
     if where == "validation":
-        killed(tmp_path, RUN, "training_step", 8)
+        directory, asked = cut, ["ckpt=last"]
         monkeypatch.setattr(DensityModel, "nats", broken_nats)
     with pytest.raises(SystemExit) as stop:
-        train(tmp_path, *(["ckpt=last"] if where == "validation" else RUN))
+        train(directory, *asked)
     line = str(stop.value)
     name, epoch, step = {"loss": ("the loss", 2, 8), "weight": ("a weight", 2, 8)}.get(where, ("val/nll", 2, 10))
     assert f"{name} is not finite at epoch {epoch}, step {step}, learning rate " in line
     assert "the last good checkpoint is" in line
-    for path in (tmp_path / "checkpoints").glob("*.ckpt"):
+    for path in (directory / "checkpoints").glob("*.ckpt"):
         content = read_checkpoint(str(path))
         assert all(value.isfinite().all() for value in content["current_model_state"].values())
 
@@ -381,9 +384,8 @@ def test_runs_started_in_the_same_second_get_directories_of_their_own(tmp_path):
     assert all(Path(path).is_dir() for path in made)
 
 
-def test_what_a_killed_run_left_unfinished_is_swept_away(tmp_path):
-    killed(tmp_path, RUN, "training_step", 8)
-    stale = tmp_path / "checkpoints" / ".tmp-1-last.ckpt"
+def test_what_a_killed_run_left_unfinished_is_swept_away(cut):
+    stale = cut / "checkpoints" / ".tmp-1-last.ckpt"
     stale.write_bytes(b"half")
-    train(tmp_path, "ckpt=last")
+    train(cut, "ckpt=last")
     assert not stale.exists()

@@ -1,7 +1,7 @@
 """Row LSTM against its equation, pixel by pixel."""
 
 import torch
-from test_laws import redraw
+from tiny import redraw
 
 from pixelcnn_lit.models.row_lstm import RowLSTM, RowLSTMLayer
 

@@ -4,7 +4,7 @@ from itertools import chain, product
 
 import pytest
 import torch
-from test_laws import NETWORKS, PAIRS, make
+from tiny import EACH_ONCE, NETWORKS, PAIRS, make, set_dropout
 
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.fronts import Front, fronts
@@ -44,7 +44,6 @@ def test_inverse_cdf_draws_each_level_as_often_as_its_probability():
 
 
 STEERED = [
-    {},
     {"temperature": 0.6},
     {"guidance_scale": 2.5},
     {"mix_with": 3, "mix_weight": 0.3},
@@ -52,18 +51,28 @@ STEERED = [
 ]
 
 
+def check_law_5(network: str, likelihood: str, shape: tuple[int, int, int], y: list[int], **steer) -> None:
+    net, inside = make(network, likelihood, shape, levels=17, num_classes=4)
+    naive, cached, fixed = (drawn(net, inside, y, shape, method=method, seed=7, **steer) for method in METHODS)
+    assert torch.equal(naive, cached)
+    assert torch.equal(naive, fixed)
+    assert not torch.equal(naive, drawn(net, inside, y, shape, seed=8, **steer))
+
+
+@pytest.mark.parametrize(("network", "likelihood"), PAIRS)
+def test_law_5_naive_cached_and_fixed_point_draw_the_same_image(network, likelihood):
+    check_law_5(network, likelihood, SHAPE, [0, 1, 2])
+    check_law_5(network, likelihood, (1, 8, 8), [3])
+
+
 @pytest.mark.parametrize("steer", STEERED, ids=str)
-@pytest.mark.parametrize(("network", "likelihood"), PAIRS)
-def test_law_5_naive_cached_and_fixed_point_draw_the_same_image(network, likelihood, steer):
-    for shape, y in ((SHAPE, [0, 1, 2]), ((1, 8, 8), [3])):
-        net, inside = make(network, likelihood, shape, levels=17, num_classes=4)
-        naive, cached, fixed = (drawn(net, inside, y, shape, method=method, seed=7, **steer) for method in METHODS)
-        assert torch.equal(naive, cached)
-        assert torch.equal(naive, fixed)
-        assert not torch.equal(naive, drawn(net, inside, y, shape, seed=8, **steer))
+@pytest.mark.parametrize(("network", "likelihood"), EACH_ONCE)
+def test_law_5_holds_however_it_is_steered(network, likelihood, steer):
+    """Steering changes logits, of which it does not know which network and likelihood they come from."""
+    check_law_5(network, likelihood, SHAPE, [0, 1, 2], **steer)
 
 
-@pytest.mark.parametrize(("network", "likelihood"), PAIRS)
+@pytest.mark.parametrize(("network", "likelihood"), EACH_ONCE)
 def test_an_image_does_not_depend_on_its_batch_or_on_the_training_mode(network, likelihood):
     net, inside = make(network, likelihood, SHAPE, levels=17, num_classes=4)
     for method in METHODS:
@@ -72,8 +81,7 @@ def test_an_image_does_not_depend_on_its_batch_or_on_the_training_mode(network, 
         assert torch.equal(drawn(net, inside, [2, 1], seed=7, n_per_class=2, method=method)[::2], three[[2, 1]])
         assert torch.equal(drawn(net, inside, [0, 1, 2], seed=7, batch_size=2, method=method), three)
         net.train()
-        for dropout in [module for module in net.modules() if isinstance(module, torch.nn.Dropout)]:
-            dropout.p = 0.5
+        set_dropout(net, 0.5)
         assert torch.equal(drawn(net, inside, [0, 1, 2], seed=7, method=method), three)
         assert all(module.training for module in net.modules())
 
@@ -138,20 +146,22 @@ def test_a_network_with_a_skew_sees_no_pixel_of_its_own_front_or_a_later_one(net
             assert (time[net.context(i, j)] < time[i, j]).all()
 
 
-@pytest.mark.parametrize(("network", "likelihood"), PAIRS)
 @torch.no_grad()
-def test_each_value_is_the_inverse_cdf_of_its_noise_given_the_finished_image(network, likelihood):
-    """What sampling pixel by pixel drew, one look at the whole image confirms."""
-    temperature = 0.7
-    net, inside = make(network, likelihood, SHAPE, levels=17, num_classes=4)
-    y = torch.tensor([2, 3])
-    x = drawn(net, inside, [2, 3], seed=1, temperature=temperature)
-    features = net(x, y)
-    for n in range(2):
-        u = uniform((1, n + 2, 0, 1), SHAPE)
-        for c in range(3):
+def assert_is_its_inverse_cdf(net, inside, x: torch.Tensor, y: list[int], seed: int, temperature: float = 1.0) -> None:
+    """One look at finished images, the first of their classes, confirms what sampling pixel by pixel drew."""
+    features = net(x, torch.tensor(y))
+    for n, label in enumerate(y):
+        u = uniform((seed, label, 0, 1), x.shape[1:])
+        for c in range(x.shape[1]):
             logits = inside.channel_logits(features, x, c)[n].flatten(1).T / temperature  # [HW,V]
             assert torch.equal(inverse_cdf(logits, u[c].flatten()), x[n, c].flatten().long())
+
+
+@pytest.mark.parametrize(("network", "likelihood"), EACH_ONCE)
+def test_each_value_is_the_inverse_cdf_of_its_noise_given_the_finished_image(network, likelihood):
+    net, inside = make(network, likelihood, SHAPE, levels=17, num_classes=4)
+    x = drawn(net, inside, [2, 3], seed=1, temperature=0.7)
+    assert_is_its_inverse_cdf(net, inside, x, [2, 3], seed=1, temperature=0.7)
 
 
 @torch.no_grad()
@@ -310,10 +320,20 @@ def test_law_5_on_a_gpu_where_steps_are_replayed(network):
     assert torch.equal(guided, draw(request, method="naive", guidance_scale=2.0))
 
 
+@pytest.mark.parametrize("labels", [[0], [1, 2, 3]], ids=str)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_law_5_at_the_size_of_mnist(network):
+def test_law_5_at_the_size_of_mnist(network, labels):
+    """Without the naive sampler, which is slow: in a causal network no other image is its own inverse CDF."""
     net, inside = make(network, "categorical", (1, 28, 28), levels=256, num_classes=4)
-    for labels in ([0], [1, 2, 3]):
-        naive, cached, fixed = (drawn(net, inside, labels, (1, 28, 28), method=m) for m in METHODS)
-        assert torch.equal(naive, cached)
-        assert torch.equal(naive, fixed)
+    cached = drawn(net, inside, labels, (1, 28, 28), method="cached")
+    assert_is_its_inverse_cdf(net, inside, cached, labels, seed=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("labels", [[0], [1, 2, 3]], ids=str)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_law_5_at_the_size_of_mnist_by_every_method(network, labels):
+    net, inside = make(network, "categorical", (1, 28, 28), levels=256, num_classes=4)
+    naive, cached, fixed = (drawn(net, inside, labels, (1, 28, 28), method=method) for method in METHODS)
+    assert torch.equal(naive, cached)
+    assert torch.equal(naive, fixed)

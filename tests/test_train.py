@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_laws import configs, redraw
+from tiny import configs, redraw
 from torch.optim.lr_scheduler import OneCycleLR
 
 import pixelcnn_lit.benchmark
