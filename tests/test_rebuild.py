@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import command
-from test_laws import FACTS, configs
+from tiny import FACTS, configs
 from torch import nn
 
 from pixelcnn_lit.budget import MemoryBudget

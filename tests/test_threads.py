@@ -10,7 +10,7 @@ from helpers import command
 from hydra import compose, initialize_config_dir
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from omegaconf import OmegaConf
-from test_laws import configs
+from tiny import configs
 
 from pixelcnn_lit import codec, machine, samplers, workers
 from pixelcnn_lit.checkpoints import write_weights

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_laws import LIKELIHOODS, NETWORKS, make
+from tiny import LIKELIHOODS, NETWORKS, make
 
 from pixelcnn_lit import samplers, workers
 from pixelcnn_lit.errors import UserError
