@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import command
-from tiny import FACTS, configs
+from tiny import configs
 from torch import nn
 
 from pixelcnn_lit.budget import MemoryBudget
@@ -22,6 +22,9 @@ from pixelcnn_lit.models.pixelcnn import PixelCNN
 TINY = ["trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.log_every_n_steps=1"]
 TINY += ["dataset.num_workers=0", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
 SMALL = ["model_size=tiny", "sampler.n_per_class=1"]
+
+
+FACTS = {"image_shape": [1, 4, 4], "num_classes": 3, "levels": 17, "class_names": [], "label": "", "dataset": {}}
 
 
 class Rate(nn.Module):
@@ -95,7 +98,7 @@ def density(name: str, **facts) -> DensityModel:
     own = configs("pixelcnn", "categorical", n_residual=3)
     own["model"] = {key: own["model"][key] for key in ("hidden_channels", "n_residual")}
     own["model"]["_target_"] = f"pixelcnn_lit.models.mine.{name}"
-    return DensityModel(**own, **FACTS | facts, image_shape=[1, 4, 4])
+    return DensityModel(**own, **FACTS | facts)
 
 
 @pytest.mark.parametrize("name", ["ByList", "ByItem", "ByArray"])
