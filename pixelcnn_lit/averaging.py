@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from pixelcnn_lit.build import Range
+from pixelcnn_lit.errors import UserError
 
 
 class EMA(WeightAveraging):
@@ -16,6 +17,9 @@ class EMA(WeightAveraging):
     After n steps the weights that were are kept by  min(decay, n / (n + 9)).  An average of a fixed length would still
     hold the weights of the start, when a run ends before it. Where the learning rate has fallen to zero at the end, the
     weights themselves are better: callbacks=no_ema.
+
+    Where the weights are coarser than float32 (trainer.precision=bf16-true), the average is not: rounding would swallow
+    its small steps.
 
     Args:
         decay: at most. 0.999 looks back a thousand steps, once ten thousand have been made.
@@ -27,13 +31,31 @@ class EMA(WeightAveraging):
             new = (9 / (n + 9)).clamp_min(1 - decay)
             for kept, current in zip(averages, weights, strict=True):
                 if kept.is_floating_point():
-                    kept.lerp_(current, new.to(kept.dtype))
+                    kept.lerp_(current.to(kept.dtype), new.to(kept.dtype))
                 else:
                     kept.copy_(current)  # a BatchNorm's count of batches
 
         super().__init__(multi_avg_fn=average)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep the average where the model will be. It is still on the CPU, where Lightning would leave the average."""
+        """Keep the average where the model will be, and as fine. Lightning would leave it as the model is by now."""
+        if trainer.precision == "16-true":
+            raise UserError(
+                "trainer.precision=16-true: torch averages no such weights; type callbacks=no_ema, or "
+                "trainer.precision=16-mixed"
+            )
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+        if self._average_model is not None and trainer.precision == "64-true":
+            self._average_model.double()
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the average in the place of the weights. Lightning would exchange them, and so round the average."""
+        self._weights = [tensor.detach().clone() for tensor in (*pl_module.parameters(), *pl_module.buffers())]
+        self._copy_average_to_current(pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        tensors = *pl_module.parameters(), *pl_module.buffers()
+        for tensor, kept in zip(tensors, self._weights, strict=True):
+            tensor.data.copy_(kept)
+        del self._weights

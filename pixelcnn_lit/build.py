@@ -4,6 +4,7 @@ Targets come from yaml files and from checkpoints, and a checkpoint may come fro
 merely imported: it must be *defined* in one of HOMES, and be of the kind the caller asks for.
 """
 
+import contextlib
 import importlib
 import inspect
 import math
@@ -41,11 +42,11 @@ def resolve(target: Any, kind: type) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         raise refusal from None
-    if not getattr(found, "__module__", "").startswith(HOMES):
+    if not f"{getattr(found, '__module__', '')}.".startswith(HOMES) or found is kind:
         raise refusal
     if inspect.isclass(found) and issubclass(found, kind):
         return found
-    if inspect.isfunction(found) and get_type_hints(found).get("return") is kind:
+    if inspect.isfunction(found) and hints_of(found).get("return") is kind:
         return found
     raise refusal
 
@@ -58,7 +59,11 @@ def build(where: str, config: Mapping[str, Any], kind: type, **facts: Any) -> An
     target, values = inspect_config(where, config, kind, facts)
     try:
         return target(**facts, **values)
-    except ValueError as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if target.__module__.startswith(HOMES[0]) and not isinstance(error, ValueError):
+            raise  # a fault of the program; a library has many words for a value that it does not take
         raise UserError(f"{where}: {error}") from error
 
 
@@ -81,7 +86,7 @@ def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], k
     """
     prefix = where and where + "."
     parameters = inspect.signature(function).parameters
-    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    hints = hints_of(function.__init__ if inspect.isclass(function) else function)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in values.items():
         if key in known or (key not in parameters and not open_ended):
@@ -94,6 +99,16 @@ def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], k
         required = parameter.default is parameter.empty and not variadic
         if required and key not in known and key not in values:
             raise UserError(f"{prefix}{key} is missing; type {prefix}{key}=...")
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Its annotations, but for those that name what only type checkers import, as some in torch's schedulers do."""
+    hints, function = {}, inspect.unwrap(function)
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        alone = types.SimpleNamespace(__annotations__={name: annotation})
+        with contextlib.suppress(NameError):
+            hints |= get_type_hints(alone, function.__globals__, include_extras=True)
+    return hints
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -114,12 +114,18 @@ class Stopwatch(Callback):
 
 
 class ScoreAtTheEnd(Callback):
-    """Validate when `max_steps` ends training inside an epoch, which Lightning does not: no score, no checkpoint."""
+    """Validate when training ends between two validations, which Lightning does not: no score, no checkpoint.
+
+    That is when `max_steps` ends it, and at the end of the last epoch where validations follow steps or the clock.
+    """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == trainer.max_steps:
+        by_the_clock = trainer._val_check_time_interval is not None  # pyright: ignore[reportAttributeAccessIssue]
+        by_epochs = trainer.check_val_every_n_epoch is not None and not by_the_clock
+        last = batch_idx + 1 == trainer.num_training_batches and trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.global_step == trainer.max_steps or (last and not by_epochs):
             trainer.should_stop = True
 
 

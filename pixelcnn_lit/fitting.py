@@ -12,7 +12,15 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
@@ -98,7 +106,7 @@ def fit(
     require_loadable(module)
     torch.compiler.reset()  # the jobs of a sweep share a process: from the ninth on, none would be compiled
     stopwatch, loss, saved_with = Stopwatch(), TrainingLoss(), settings | beside
-    extras = [build(f"callbacks.{name}", own, Callback) for name, own in saved_with["callbacks"].items()]
+    extras = [build_callback(name, own) for name, own in saved_with["callbacks"].items()]
     saved = read_start(str(start), module, extras) if start else {}
     begun = Begun(directory, saved_with)
     always = [Streams(settings["seed"]), FiniteGuard(), stopwatch, loss, HParams(settings), ScoreAtTheEnd(), begun]
@@ -112,7 +120,7 @@ def fit(
         plugins=[AtomicCheckpointIO()],
         default_root_dir=directory,
     )
-    require_scores(trainer, *module.MONITOR)
+    require_scores(trainer, data, *module.MONITOR)
     work = step_work(module, data.facts["image_shape"], data.batch_size)
     saved_with["threads"] = settle_threads(trainer, saved_with["threads"], work)
     try:
@@ -123,8 +131,25 @@ def fit(
         raise
     kept = trainer.checkpoint_callback
     if not isinstance(kept, ModelCheckpoint) or not Path(kept.best_model_path).is_file():
-        raise UserError("nothing was trained and validated in this run: type a larger trainer.max_epochs")
+        raise UserError(
+            "nothing was trained and validated in this run: type a larger trainer.max_epochs, max_steps, max_time or "
+            "limit_train_batches"
+        )
     return Fitted(trainer, kept.best_model_path, stopwatch, extras)
+
+
+def build_callback(name: str, config: dict[str, Any]) -> Callback:
+    """A callback of the config. Raises UserError for those of Lightning's own that fit no module here."""
+    built = build(f"callbacks.{name}", config, Callback)
+    unfit = {
+        BatchSizeFinder: "trains before the run begins; type a sweep: -m dataset.batch_size=64,128",
+        LearningRateFinder: "trains before the run begins; type a sweep: -m optimizer.lr=2e-3,5e-3",
+        BackboneFinetuning: "wants a module with a backbone",
+        ModelPruning: "puts other weights in the place of a network's, which no checkpoint could be loaded with",
+    }
+    if type(built) in unfit:
+        raise UserError(f"callbacks.{name}: {type(built).__name__} {unfit[type(built)]}")
+    return built
 
 
 class Begun(Callback):
@@ -143,16 +168,22 @@ class Begun(Callback):
             (self.directory / "result.json").unlink(missing_ok=True)
 
 
-def require_scores(trainer: L.Trainer, monitor: str, mode: str) -> None:
+def require_scores(trainer: L.Trainer, data: ImageData, monitor: str, mode: str) -> None:
     """Refuse, before any training, settings under which nothing would be kept as best, or tested."""
     every, epochs, kept = trainer.check_val_every_n_epoch, trainer.max_epochs, trainer.checkpoint_callback
     if not isinstance(kept, ModelCheckpoint) or (kept.monitor, kept.mode) != (monitor, mode):
         raise UserError(f"callbacks.best: must keep the weights best on {monitor} (mode {mode}); type that")
     if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
         raise UserError("trainer.fast_dev_run: keeps no checkpoint; type trainer.max_steps=1")
-    for split in ("val", "test"):
-        if not getattr(trainer, f"limit_{split}_batches"):
-            raise UserError(f"trainer.limit_{split}_batches=0: every run is validated and tested; type 1.0 or a number")
+    for key, split in (("val", data.validation), ("test", data.test)):
+        limit, batches = getattr(trainer, f"limit_{key}_batches"), -(-len(split) // data.batch_size)
+        if not int(limit * batches if isinstance(limit, float) else limit):
+            overfits = key == "val" and trainer.overfit_batches  # pyright: ignore[reportAttributeAccessIssue]
+            limited = "overfit_batches" if overfits else f"limit_{key}_batches"
+            raise UserError(
+                f"trainer.{limited}={limit:g}: every run is validated and tested, and that is none of {batches} "
+                "batches; type 1.0 or a number"
+            )
     if every and epochs is not None and 0 <= epochs < every:
         raise UserError(f"trainer.max_epochs={epochs}: type at least trainer.check_val_every_n_epoch={every}")
 

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
+from torch import nn, optim
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from pixelcnn_lit.build import Range, build, resolve
+from pixelcnn_lit.build import Range, build, inspect_config, resolve
 from pixelcnn_lit.errors import UserError
 
 
@@ -23,6 +24,7 @@ def optimization(
     A scheduler that takes `total_steps` moves every step, any other every epoch; one that takes `time_share` learns how
     much of trainer.max_time is over; ReduceLROnPlateau reads `monitor`, and moves when that has been validated.
     """
+    refuse_unfit(optimizer, module)
     built: dict[str, Any] = {"optimizer": build("optimizer", optimizer, Optimizer, params=module.parameters())}
     if not scheduler:
         return built
@@ -38,6 +40,19 @@ def optimization(
         "monitor": monitor,
     }
     return built
+
+
+def refuse_unfit(config: dict[str, Any], module: nn.Module) -> None:
+    """Raise UserError for those of torch's own optimizers that cannot train such a module, and say what can."""
+    optimizer, _ = inspect_config("optimizer", config, Optimizer, ["params"])
+    unfit: dict[Any, str] = {
+        optim.Muon: "takes matrices alone; type optimizer=muon, which takes all weights",
+        optim.SparseAdam: "takes sparse gradients alone; type optimizer=adam",
+    }
+    if not all(parameter.is_contiguous() for parameter in module.parameters()):
+        unfit[optim.LBFGS] = "takes contiguous weights alone; type optimizer=adamw, or channels_last=false of `train`"
+    if optimizer in unfit:
+        raise UserError(f"optimizer._target_={config['_target_']}: {unfit[optimizer]}")
 
 
 def _total_steps(trainer: L.Trainer) -> int:

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
 from pixelcnn_lit.build import check
@@ -41,13 +42,15 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
         settings["precision"] = "bf16-mixed" if fast_bf16(settings.get("accelerator", "auto")) else "32-true"
     if settings.get("enable_progress_bar") is None:
         settings["enable_progress_bar"] = sys.stdout.isatty()
-    own = {**extra, "use_distributed_sampler": False, "enable_model_summary": False}
+    own = {**extra, "use_distributed_sampler": False, "enable_model_summary": False, "barebones": False}
     own["callbacks"] = [*callbacks, EndWaitingProcesses()]
     for key in own.keys() & settings.keys():
         raise UserError(f"trainer.{key}: is set by the program; leave it out")
     check("trainer", L.Trainer, settings)
-    if settings.get("accumulate_grad_batches", 1) < 1:
-        raise UserError("trainer.accumulate_grad_batches=0: must be a whole number >= 1")
+    for key in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
+        value = settings.get(key)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise UserError(f"trainer.{key}={value}: must be above 0")
     # Lightning's own tips and notes bury the result.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Our loaders stride over the ranks themselves; gathering whole batches needs few workers.
@@ -61,6 +64,9 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
         trainer = L.Trainer(**settings, **own)
     except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())} (trainer=auto fits any machine)") from error
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        strategy = settings.get("strategy", "auto")
+        raise UserError(f"trainer.strategy={strategy}: would fork or spawn this process; type ddp, which starts others")
     # Its handlers lock, save and broadcast where a signal strikes, and wait for ever for what they interrupted.
     trainer._signal_connector.register_signal_handlers = lambda: None
     if isinstance(trainer.strategy, DDPStrategy):

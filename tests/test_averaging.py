@@ -49,7 +49,7 @@ def test_it_is_the_weighted_sum_it_says(n_steps, decay):
 def test_it_lies_where_the_model_will_be():
     """Lightning moves the model after the callbacks are set up: an average that stayed behind is copied every step."""
     module, ema = Steps(), EMA()
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")), precision="32-true")
     ema.setup(trainer, module, "fit")
     average = ema._average_model
     assert average is not None
@@ -64,3 +64,32 @@ def test_it_looks_back_a_tenth_of_a_run_or_as_far_as_its_decay_says():
     assert lag(100, 0.999) == pytest.approx(10, abs=1)
     assert lag(1000, 0.999) == pytest.approx(100, abs=1)
     assert lag(1000, 0.9) == pytest.approx(9, abs=0.1)
+
+
+def test_the_average_is_finer_than_coarse_weights_and_a_validation_leaves_both_as_they_were():
+    module, ema = Steps(), EMA()
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), precision="bf16-true")
+    ema.setup(trainer, module.float(), "fit")
+    average = ema._average_model
+    assert average is not None
+    module.bfloat16()  # which Lightning does once the callbacks are set up
+    for weight in (1.0, 1.0078125):
+        module.weight.data.fill_(weight)
+        average.update_parameters(module)
+    kept = average.module.weight.detach().clone()
+    assert kept.dtype == torch.float32
+    assert 1 < kept < 1.0078125  # which bf16 has nothing between
+    assert kept.item() == pytest.approx(1 + 0.0078125 * 9 / 10, abs=1e-6)
+    ema.on_validation_epoch_start(trainer, module)
+    assert torch.equal(module.weight, kept.bfloat16())
+    ema.on_validation_epoch_end(trainer, module)
+    assert module.weight == 1.0078125
+    assert torch.equal(average.module.weight, kept)
+
+
+def test_the_average_of_float64_is_float64():
+    module, ema = Steps(), EMA()
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), precision="64-true")
+    ema.setup(trainer, module.float(), "fit")
+    assert ema._average_model is not None
+    assert ema._average_model.module.weight.dtype == torch.float64

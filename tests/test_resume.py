@@ -96,6 +96,8 @@ VARIANTS = {
     "stopped by max_steps": ["trainer.max_steps=13"],
     "no scheduler": ["~scheduler"],
     "another likelihood": ["likelihood=logistic_mixture"],
+    "validations by steps": ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=4"],
+    "overfitted": ["+trainer.overfit_batches=2"],
     "longer epochs": ["trainer.limit_train_batches=1.0", "dataset.batch_size=256", *PLATEAU],
 }
 
@@ -149,6 +151,8 @@ MOMENTS = [
     ("no scheduler", "training_step", 8),
     ("another likelihood", "training_step", 8),
     ("longer epochs", "training_step", 6),
+    ("validations by steps", "training_step", 6),
+    ("overfitted", "training_step", 3),
 ]
 OTHER_MOMENTS = [
     ("plain", "training_step", 3),
@@ -164,6 +168,7 @@ OTHER_MOMENTS = [
     ("a validation every other epoch", "training_step", 5),
     ("a validation every other epoch", "training_step", 16),
     ("stopped by max_steps", "validation_step", 5),
+    ("validations by steps", "validation_step", 7),
 ]
 
 

@@ -68,15 +68,16 @@ class Classifier(L.LightningModule):
 
     def scaled(self, x: Tensor) -> Tensor:
         """Images uint8 [B,C,H,W] as the network takes them."""
-        return (x.float() / (self.levels - 1) - self.mean) / self.std
+        return ((x.float() / (self.levels - 1) - self.mean) / self.std).to(self.mean.dtype)
 
     def features(self, x: Tensor) -> Tensor:
         """What the head reads of images uint8 [B,C,H,W]: [B,F]."""
         return self.net.body(self.scaled(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B,num_classes] of images uint8 [B,C,H,W]."""
-        return self.net.head(self.features(x))
+        """Logits [B,num_classes] of images uint8 [B,C,H,W], in float32 or finer."""
+        logits = self.net.head(self.features(x))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         x, y = batch

@@ -15,25 +15,29 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 class Batches(Sampler):
     """The batches of one rank: pairs (seed of the batch's augmentation, positions).
 
-    Training shuffles and leaves out the ragged last batch, another one each epoch. Evaluation strides the split over
-    the ranks unpadded, so that every image counts once. `batch_size` is a rank's own. A run that goes on inside an
-    epoch sets `start`, the number of batches to leave out of the next pass.
+    Training shuffles and leaves out the ragged last batch, another one each epoch; where it is to `repeat`, each epoch
+    is the first. Evaluation strides the split over the ranks unpadded, so that every image counts once. `batch_size` is
+    a rank's own. A run that goes on inside an epoch sets `start`, the number of batches to leave out of the next pass.
     """
 
-    def __init__(self, n: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.n, self.batch_size, self.shuffle, self.seed, self.rank, self.world = (
-            n,
-            batch_size,
-            shuffle,
-            seed,
-            rank,
-            world,
-        )
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        repeat: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.n, self.batch_size, self.shuffle, self.repeat = n, batch_size, shuffle, repeat
+        self.seed, self.rank, self.world = seed, rank, world
         self.epoch, self.start = 0, 0
         self.sampler = self  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch = 0 if self.repeat else epoch
 
     def __len__(self) -> int:
         if self.shuffle:

@@ -139,9 +139,9 @@ class ImageData(L.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if self.batch_size % world:
             raise UserError(f"dataset.batch_size={self.batch_size}: type a multiple of the {world} processes")
-        return each.Batches(
-            len(split), self.batch_size // world, shuffle=shuffle, seed=self.seed, rank=rank, world=world
-        )
+        repeat = self.trainer is not None and bool(self.trainer.overfit_batches)  # pyright: ignore[reportAttributeAccessIssue]
+        own = {"shuffle": shuffle, "repeat": repeat, "seed": self.seed, "rank": rank, "world": world}
+        return each.Batches(len(split), self.batch_size // world, **own)
 
 
 def plain_name(name: str) -> str:
