@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from pixelcnn_lit.bayes import class_log_likelihoods, marginal, posterior, score
 from pixelcnn_lit.build import Range
+from pixelcnn_lit.checkpoints import read_checkpoint
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.data.module import ImageData, image_data, plain_name, saved_or_given, uniform_bpd
 from pixelcnn_lit.errors import UserError
@@ -45,6 +47,8 @@ def main(
         raise UserError("task=novelty and dataset@beside=NAME go together; type both")
     model = load(ckpt)
     data = saved_or_given(ckpt, dict(model.hparams), dataset)
+    if "_target_" not in dataset and (difference := data.changed_since(read_checkpoint(ckpt))):
+        rank_zero_only(print)(f"ckpt={ckpt}: {difference}")
     data.test = chosen(getattr(data, split), n_images)  # so that Lightning asks for it, process by process
     head = {"label": data.label, "split": split, "images": len(data.test), "checkpoint": ckpt}
     if task == "bpd":
@@ -88,6 +92,8 @@ def bits_per_dimension(
 
 def classify(model: DensityModel, data: ImageData, split: str) -> dict[str, Any]:
     """The images in data.test, which are of `split`, by Bayes' rule. The prior: how often a class is trained on."""
+    if model.num_classes < 2:
+        raise UserError("task=classify: this model knows one class, and there is none to tell it from; type task=bpd")
     given, prior = given_each_class(model, data, data), class_prior(data)
     scores = score(posterior(given, prior), data.test.y)
     print(f"{data.label}, {split} split, {len(data.test)} images")

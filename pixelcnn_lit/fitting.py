@@ -107,7 +107,7 @@ def fit(
     torch.compiler.reset()  # the jobs of a sweep share a process: from the ninth on, none would be compiled
     stopwatch, loss, saved_with = Stopwatch(), TrainingLoss(), settings | beside
     extras = [build_callback(name, own) for name, own in saved_with["callbacks"].items()]
-    saved = read_start(str(start), module, extras) if start else {}
+    saved = read_start(str(start), module, data, extras) if start else {}
     begun = Begun(directory, saved_with)
     always = [Streams(settings["seed"]), FiniteGuard(), stopwatch, loss, HParams(settings), ScoreAtTheEnd(), begun]
     trainer = make_trainer(
@@ -188,13 +188,15 @@ def require_scores(trainer: L.Trainer, data: ImageData, monitor: str, mode: str)
         raise UserError(f"trainer.max_epochs={epochs}: type at least trainer.check_val_every_n_epoch={every}")
 
 
-def read_start(path: str, module: Any, extras: list[Callback]) -> dict[str, Any]:
+def read_start(path: str, module: Any, data: ImageData, extras: list[Callback]) -> dict[str, Any]:
     """The checkpoint to go on from, which must be of the same data and model, with as many averages."""
     saved = read_checkpoint(path)
     if not all(saved.get(key) for key in ("loops", "callbacks", "optimizer_states")):
         raise UserError(f"ckpt={path}: weights alone, from which no run can go on; type RUN_DIR/checkpoints/last.ckpt")
     same = (*ImageData.FACTS, *module.IDENTITY)
     require_same(path, saved["hyper_parameters"], {key: module.hparams[key] for key in same})
+    if difference := data.changed_since(saved):
+        raise UserError(f"ckpt={path}: {difference}; put those images back, or start another run")
     averaged = any(isinstance(callback, WeightAveraging) for callback in extras)
     if ("averaging_state" in saved) != averaged:
         # Lightning alone would silently go on from the averaged weights, or with none.

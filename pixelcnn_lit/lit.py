@@ -184,7 +184,7 @@ class DensityModel(L.LightningModule):
         if self.levels == 2:
             self.figures[f"{split}/nats_per_image"] = float(per_image)
         self.log_dict(self.figures, prog_bar=True, sync_dist=True)  # every rank has the same by now
-        self.bpd_per_class = bits(per_class / self.dims).tolist()
+        self.bpd_per_class = bits(per_class / self.dims).reshape(-1).tolist()  # torchmetrics squeezes that of one class
 
     def configure_optimizers(self) -> Any:
         return optimization(self, self.optimizer_config, self.scheduler_config, monitor="val/nll")

@@ -19,6 +19,7 @@ from pixelcnn_lit.classifiers.lit import Classifier, load_classifier, per_class
 from pixelcnn_lit.classifiers.pictures import show_confusion
 from pixelcnn_lit.data.images import channel_statistics
 from pixelcnn_lit.data.module import image_data
+from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.files import write_text
 from pixelcnn_lit.fitting import fit, start_or_go_on
 from pixelcnn_lit.machine import Threads, take_threads
@@ -44,6 +45,8 @@ def train(
     take_threads(threads)  # weights are drawn on as many, whatever training takes
     data = image_data(dataset, seed)
     data.setup()
+    if len(data.class_names) < 2:
+        raise UserError(f"dataset: {data.label} has one class, and a classifier tells two or more apart; type another")
     L.seed_everything(seed, workers=True, verbose=False)
     mean, std = ([value / (data.levels - 1) for value in values] for values in channel_statistics(data.train))
     facts = {**data.facts, "label": data.label, "dataset": dataset, "mean": mean, "std": std}

@@ -18,7 +18,7 @@ from pixelcnn_lit.command import CONF
 from pixelcnn_lit.data import images as once
 from pixelcnn_lit.data import loader as each
 from pixelcnn_lit.data import official
-from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.data.images import Split, fingerprint
 from pixelcnn_lit.data.module import ImageData, image_data
 from pixelcnn_lit.errors import UserError
 
@@ -342,3 +342,14 @@ def test_a_class_with_few_images_leaves_its_row_black():
     split = Split(torch.full((3, 1, 2, 2), 9, dtype=torch.uint8), torch.tensor([0, 0, 1]))
     shown = once.first_of_each_class(split, num_classes=3, n=2)
     assert shown[..., 0, 0, 0].tolist() == [[9, 9], [9, 0], [0, 0]]
+
+
+def test_a_fingerprint_is_of_each_value_class_and_place():
+    x, y = torch.arange(24, dtype=torch.uint8).view(6, 1, 2, 2), torch.tensor([0, 1, 0, 1, 1, 1])
+    order = torch.tensor([0, 1, 2, 3, 5, 4])
+    turned, flipped = x.view(6, 1, 4, 1), y.clone()
+    flipped[0] = 1
+    splits = [Split(x, y), Split(x ^ 1, y), Split(x[order], y[order]), Split(turned, y), Split(x, flipped)]
+    assert len({fingerprint(split) for split in [*splits, Split(x[:5], y[:5])]}) == 6
+    assert fingerprint(Split(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), y)) == fingerprint(splits[0])
+    assert fingerprint(splits[0]).startswith("6 images of checksum ")

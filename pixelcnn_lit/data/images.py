@@ -1,5 +1,6 @@
 """What a source of images hands over, and the transformations that change every image once, at loading."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,14 @@ class Images:
     def splits(self) -> dict[str, Split]:
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in named.items() if split is not None}
+
+
+def fingerprint(split: Split) -> str:
+    """How many images, and a checksum of these and of their classes, in their order."""
+    checksum = hashlib.sha256(f"{list(split.x.shape)}".encode())
+    for part in (split.x, split.y):
+        checksum.update(part.reshape(-1).numpy().data)
+    return f"{len(split)} images of checksum {checksum.hexdigest()[:16]}"
 
 
 def channels_first(x: Tensor) -> Tensor:

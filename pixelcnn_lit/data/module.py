@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -118,6 +118,24 @@ class ImageData(L.LightningDataModule):
                 *(t for on, t in changes if on),
             ]
         )
+
+    def state_dict(self) -> dict[str, str]:
+        """The fingerprint of each split, which Lightning keeps in a run's checkpoints under the name of this class."""
+        return self._fingerprints
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        splits = {"train": self._drawn_from, "validation": self.validation, "test": self.test}
+        return {name: once.fingerprint(split) for name, split in splits.items()}
+
+    def changed_since(self, checkpoint: dict[str, Any]) -> str | None:
+        """What is different about the first split that is not as in the run of a checkpoint, as far as that says."""
+        kept = checkpoint.get(type(self).__qualname__)
+        before = kept if isinstance(kept, dict) else {}  # it has none if it is from before there were fingerprints
+        for name, now in self.state_dict().items():
+            if name in before and before[name] != now:
+                return f"its {name} split was {before[name]}, here it is {now}"
+        return None
 
     def train_dataloader(self) -> each.LazyLoader:
         batches = self._batches(self.train, shuffle=True)
