@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra._internal.hydra import Hydra
 
 from pixelcnn_lit.command import run
 from pixelcnn_lit.launch import launch
@@ -24,7 +25,18 @@ def command(name: str, *overrides: str) -> None:
     """What `python -m pixelcnn_lit.<name>` does, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *overrides])
+        patch.setattr(Hydra, "get_mode", lambda *_, **__: None)  # it composes all once more, for a mode never set
         run(name)
+
+
+def refused(name: str, *overrides: str) -> str:
+    """The line that a command ends with where it cannot do what was typed."""
+    with pytest.raises(SystemExit) as stop:
+        command(name, *overrides)
+    line = str(stop.value.code)
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
 
 
 # Runs and their data
@@ -75,6 +87,7 @@ def save_npz(
         "train_labels": np.arange(n) % classes,
         "test_images": rng.integers(256, size=(n_test, *shape), dtype=np.uint8),
         "test_labels": np.arange(n_test) % classes,
+        "class_names": np.array(list("abcdefghij")[:classes]),
     } | changes
     arrays = {key: value for key, value in arrays.items() if value is not None}
     np.savez(path, **arrays)

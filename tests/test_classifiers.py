@@ -4,14 +4,13 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from helpers import command
+from helpers import command, killed, refused, save_npz
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import configs, redraw
+from tiny import density, open_data
 from torch import nn
 
 from pixelcnn_lit.bayes import class_log_likelihoods, marginal, posterior, score
@@ -20,21 +19,11 @@ from pixelcnn_lit.classifiers.judging import Read, diversity, frechet_distance, 
 from pixelcnn_lit.classifiers.lit import Classifier, load_classifier
 from pixelcnn_lit.classifiers.networks import ResidualBlock
 from pixelcnn_lit.command import CONF
-from pixelcnn_lit.data.module import image_data
 from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import DensityModel, load
+from pixelcnn_lit.lit import load
 
 NAMES = sorted(path.stem for path in (CONF / "classifier").glob("*.yaml"))
 TINY = ["trainer=cpu", "trainer.log_every_n_steps=1", "trainer.precision=32-true", "dataset.num_workers=0"]
-
-
-def one_line(name: str, capsys, *overrides: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        command(name, *overrides)
-    capsys.readouterr()
-    message = str(stop.value.code)
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +42,7 @@ def judge(judge_run) -> Classifier:
 
 @pytest.fixture(scope="module")
 def digits():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        data = image_data(OmegaConf.to_container(compose("train", []).dataset, resolve=True))
-    data.setup()
-    return data
+    return open_data()
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 17, 23)])
@@ -150,26 +136,14 @@ def test_images_are_scaled_by_the_statistics_of_the_training_images(judge, digit
 
 
 def test_a_run_killed_and_gone_on_with_ends_like_one_never_killed(tmp_path):
-    class Killed(Exception):
-        pass
-
     small = [*TINY, "classifier.width=4", "classifier.n_residual=1", "trainer.max_epochs=2"]
     small += ["trainer.limit_train_batches=5", "callbacks.last.every_n_steps=2", "dataset.batch_size=16"]
     command("train_classifier", *small, f"run_dir={tmp_path}/whole")
     whole = last_and_curve(tmp_path / "whole")
     for where, after in (("training_step", 8), ("validation_step", 1), ("validation_step", 17)):
-        calls, original, directory = [], getattr(Classifier, where), tmp_path / f"{where}{after}"
-
-        def dying(self, *arguments, calls=calls, original=original, after=after):
-            calls.append(1)
-            if len(calls) > after:
-                raise Killed
-            return original(self, *arguments)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Classifier, where, dying)
-            with pytest.raises(Killed):
-                command("train_classifier", *small, f"run_dir={directory}")
+        directory = tmp_path / f"{where}{after}"
+        with killed(Classifier, where, after):
+            command("train_classifier", *small, f"run_dir={directory}")
         command("train_classifier", f"run_dir={directory}", "ckpt=last")
         cut = last_and_curve(directory)
         assert cut[1] == whole[1]
@@ -193,15 +167,15 @@ def last_and_curve(directory: Path) -> tuple[dict, set]:
     return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], losses
 
 
-def test_mistakes_get_one_line(judge_run, tmp_path, capsys):
+def test_mistakes_get_one_line(judge_run, tmp_path):
     ckpt = f"{judge_run}/checkpoints/best.ckpt"
-    said = one_line("train_classifier", capsys, *TINY, "classifier=cnn", f"run_dir={tmp_path}/a")
+    said = refused("train_classifier", *TINY, "classifier=cnn", f"run_dir={tmp_path}/a")
     assert "wants images of 16×16 and more; type classifier=resnet" in said
-    said = one_line("train_classifier", capsys, "classifier.wdth=3", f"run_dir={tmp_path}/b")
+    said = refused("train_classifier", "classifier.wdth=3", f"run_dir={tmp_path}/b")
     assert "did you mean width?" in said
-    said = one_line("evaluate", capsys, f"ckpt={ckpt}", f"run_dir={tmp_path}/c")
+    said = refused("evaluate", f"ckpt={ckpt}", f"run_dir={tmp_path}/c")
     assert "not a checkpoint of this program's density models" in said
-    said = one_line("judge", capsys, "ckpt=mnist", f"classifier_ckpt={ckpt}", f"run_dir={tmp_path}/d")
+    said = refused("judge", "ckpt=mnist", f"classifier_ckpt={ckpt}", f"run_dir={tmp_path}/d")
     assert "its image_shape is [1, 8, 8], here it is [1, 28, 28]" in said
 
 
@@ -242,7 +216,7 @@ def test_diversity_is_within_classes_and_the_nearest_is_the_nearest():
     assert diversity(copies.features, y) == 0
 
 
-def test_judge_tells_of_each_setting_beside_real_images(judge_run, tmp_path, capsys):
+def test_judge_tells_of_each_setting_beside_real_images(judge_run, tmp_path):
     small = ["model_size=tiny", *TINY, "trainer.limit_train_batches=2", "trainer.max_epochs=1", "sampler.n_per_class=1"]
     command("train", *small, "label_dropout=0.1", f"run_dir={tmp_path}/model")
     command(
@@ -283,9 +257,7 @@ def test_the_posterior_is_bayes_rule_and_the_scores_are_its():
 
 
 def test_likelihoods_given_each_class_are_the_models_own(digits):
-    facts = digits.facts | {"label": "", "dataset": {}}
-    model = DensityModel(**configs("pixelcnn", "categorical"), **facts).double().eval()
-    redraw(model)
+    model = density("pixelcnn", "categorical", **digits.facts).double()
     x, y = digits.test.x[:12], digits.test.y[:12]
     given = class_log_likelihoods(model, x, batch_size=5)
     with torch.no_grad():
@@ -293,7 +265,7 @@ def test_likelihoods_given_each_class_are_the_models_own(digits):
     assert given.shape == (12, 10)
 
 
-def test_evaluate_classifies(tmp_path, capsys, digits):
+def test_evaluate_classifies(tmp_path, digits):
     small = ["model_size=tiny", *TINY, "trainer.limit_train_batches=2", "trainer.max_epochs=1", "sampler.n_per_class=1"]
     for conditional in ("true", "false"):
         run = tmp_path / conditional
@@ -310,18 +282,15 @@ def test_evaluate_classifies(tmp_path, capsys, digits):
     assert told["nll"] == pytest.approx(expected.nll, rel=1e-5)
     assert told["accuracy"] == expected.accuracy
     beside = ["dataset@beside=npz", f"beside.path={tmp_path}/noise.npz"]
-    noise = np.random.default_rng(0).integers(256, size=(300, 8, 8), dtype=np.uint8)
-    labels = np.arange(300) % 10
-    halves = {"train_images": noise, "train_labels": labels, "test_images": noise[:40], "test_labels": labels[:40]}
-    np.savez(tmp_path / "noise.npz", **halves)
+    save_npz(tmp_path / "noise.npz", (8, 8), 300, 40, classes=10)
     both = [ckpt, "task=novelty", "n_images=20", *beside]
     command("evaluate", *both, "beside.levels=17", f"run_dir={tmp_path}/new")
     told = json.loads((tmp_path / "new" / "evaluation.json").read_text())
     assert told["bpd"] < told["bpd_beside"]
     assert told["auroc"] > 0.5
     assert (tmp_path / "new" / "novelty.png").is_file()
-    said = one_line("evaluate", capsys, *both, f"run_dir={tmp_path}/levels")
+    said = refused("evaluate", *both, f"run_dir={tmp_path}/levels")
     assert "dataset@beside: images [1, 8, 8] of 256 levels" in said
-    assert "type both" in one_line("evaluate", capsys, ckpt, *beside, f"run_dir={tmp_path}/alone")
+    assert "type both" in refused("evaluate", ckpt, *beside, f"run_dir={tmp_path}/alone")
     ckpt = f"ckpt={tmp_path}/false/checkpoints/best.ckpt"
-    assert "knows no classes" in one_line("evaluate", capsys, ckpt, *asked, f"run_dir={tmp_path}/no")
+    assert "knows no classes" in refused("evaluate", ckpt, *asked, f"run_dir={tmp_path}/no")

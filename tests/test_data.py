@@ -9,26 +9,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from helpers import save_npz
 from PIL import Image
+from tiny import open_data
 from torchvision import datasets
 
-from pixelcnn_lit.command import CONF
 from pixelcnn_lit.data import images as once
 from pixelcnn_lit.data import loader as each
 from pixelcnn_lit.data import official
 from pixelcnn_lit.data.images import Split, fingerprint
-from pixelcnn_lit.data.module import ImageData, image_data
+from pixelcnn_lit.data.module import ImageData
 from pixelcnn_lit.errors import UserError
-
-
-def open_data(*overrides: str, seed: int = 0) -> ImageData:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("data", list(overrides))
-    data = image_data(OmegaConf.to_container(cfg.dataset, resolve=True), seed)
-    data.setup()
-    return data
 
 
 def test_digits_are_split_1297_250_250_without_overlap():
@@ -142,19 +133,6 @@ def test_a_crop_is_a_shift_and_a_flip_a_mirror():
     flipped = each.flip(x, torch.Generator().manual_seed(0))
     kinds = {tuple(image.flatten().tolist()) for image in flipped}
     assert kinds == {tuple(x[0].flatten().tolist()), tuple(x[0].flip(-1).flatten().tolist())}
-
-
-def save_npz(path, **changes):
-    rng = np.random.default_rng(0)
-    arrays = {
-        "train_images": rng.integers(256, size=(40, 6, 5, 3), dtype=np.uint8),
-        "train_labels": np.arange(40) % 4,
-        "test_images": rng.integers(256, size=(8, 6, 5, 3), dtype=np.uint8),
-        "test_labels": np.arange(8) % 4,
-        "class_names": np.array(["a", "b", "c", "d"]),
-    } | changes
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-    return arrays
 
 
 def test_npz_images_arrive_channels_first_with_their_names(tmp_path):

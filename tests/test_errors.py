@@ -7,10 +7,9 @@ import zipfile
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import pytest
 import torch
-from helpers import command
+from helpers import TINY, command, one_run, save_npz
 from omegaconf import OmegaConf
 
 from pixelcnn_lit.build import Range, fits, resolve
@@ -39,18 +38,11 @@ def run(monkeypatch, tmp_path, capsys):
 def checkpoint(tmp_path_factory) -> str:
     """A digits checkpoint of one step."""
     directory = tmp_path_factory.mktemp("run")
-    command("train", *TINY, f"run_dir={directory}")
+    one_run(directory, *ONE_STEP)
     return str(directory / "checkpoints" / "best.ckpt")
 
 
-TINY = [
-    "model_size=tiny",
-    "trainer=cpu",
-    "trainer.max_epochs=1",
-    "trainer.log_every_n_steps=1",
-    "trainer.limit_train_batches=1",
-]
-TINY += ["callbacks.samples.every_n_epochs=0", "sampler.n_per_class=1"]
+ONE_STEP = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.samples.every_n_epochs=0"]
 
 TYPOS = [
     ("dataset=foo", "there is no such dataset; choose from: cifar10, digits"),
@@ -125,7 +117,7 @@ TYPOS = [
 
 @pytest.mark.parametrize(("overrides", "message"), TYPOS, ids=[overrides for overrides, _ in TYPOS])
 def test_a_typo_gets_one_line(run, overrides, message):
-    code, err = run("train", *TINY, *overrides.split())
+    code, err = run("train", *TINY, *ONE_STEP, *overrides.split())
     assert code in (1, 2)
     assert message in err
     assert "Traceback" not in err
@@ -137,7 +129,7 @@ def test_the_traceback_is_there_for_those_who_ask(run, monkeypatch, way):
     if way == "HYDRA_FULL_ERROR":
         monkeypatch.setenv(way, "1")
     with pytest.raises(UserError):
-        run("train", *TINY, "model.n_residual=-1", *(["debug=true"] if way == "debug=true" else []))
+        run("train", *TINY, *ONE_STEP, "model.n_residual=-1", *(["debug=true"] if way == "debug=true" else []))
 
 
 def damage(path: str, out: str, how: str) -> str:
@@ -171,8 +163,7 @@ def test_a_damaged_checkpoint_gets_one_line(run, checkpoint, copy, main, how):
 
 
 def npz(path: Path, size: int) -> list[str]:
-    images, labels = np.zeros((60, size, size), np.uint8), np.arange(60) % 10
-    np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    save_npz(path, (size, size), 60, 60, classes=10)
     return ["dataset=npz", f"dataset.path={path}", "dataset.batch_size=8", "dataset.num_workers=0"]
 
 
@@ -184,7 +175,7 @@ def test_a_checkpoint_of_another_dataset_is_refused_with_both_values(run, checkp
     assert code == 1
     assert "dataset._target_ is pixelcnn_lit.data.digits.digits in the run and pixelcnn_lit.data.npz.npz here" in err
     # the same file name, but other images in it
-    code, err = run("train", *TINY, *other, f"run_dir={tmp_path}/run")
+    code, err = run("train", *TINY, *ONE_STEP, *other, f"run_dir={tmp_path}/run")
     assert code == 0
     npz(tmp_path / "x.npz", 5)
     code, err = run("train", f"run_dir={tmp_path}/run", "ckpt=last")
@@ -228,7 +219,7 @@ def test_a_run_goes_on_with_its_own_settings_or_not_at_all(run, copy, override, 
 
 def test_a_directory_that_holds_a_run_is_not_overwritten(run, copy):
     directory = Path(copy).parent.parent
-    code, err = run("train", *TINY, f"run_dir={directory}")
+    code, err = run("train", *TINY, *ONE_STEP, f"run_dir={directory}")
     assert code == 1
     assert "holds a run; type ckpt=last to go on, or another run_dir" in err
     code, err = run("train", f"ckpt={copy}", "run_dir=elsewhere")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import save_npz
 
 from pixelcnn_lit.checkpoints import write_weights
 from pixelcnn_lit.data.npz import npz
@@ -118,14 +119,8 @@ def test_damaged_weights_are_refused_to_the_bit(tmp_path, model, suffix):
 
 
 def test_damaged_npz_files_are_refused(tmp_path):
-    path, rng = tmp_path / "x.npz", np.random.default_rng(0)
-    arrays = {
-        "train_images": rng.integers(256, size=(20, 4, 4), dtype=np.uint8),
-        "train_labels": np.arange(20) % 2,
-        "test_images": rng.integers(256, size=(6, 4, 4), dtype=np.uint8),
-        "test_labels": np.arange(6) % 2,
-    }
-    np.savez(path, **arrays)
+    path = tmp_path / "x.npz"
+    arrays = save_npz(path, (4, 4), 20, 6, classes=2, class_names=None)
     content, right = path.read_bytes(), npz(str(path))
 
     def write(rng: random.Random) -> None:

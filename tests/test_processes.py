@@ -9,10 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers import Child, Children, slurm
+from helpers import Child, Children, save_npz, slurm
 
 from pixelcnn_lit.checkpoints import read_checkpoint
 from pixelcnn_lit.resume import LastCheckpoint
@@ -65,9 +64,8 @@ def run(directory: Path, name: str, *overrides: str) -> str:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with an archive of odd numbers of images and, in `one`, a run of one process on it."""
-    directory, rng = tmp_path_factory.mktemp("processes"), np.random.default_rng(0)
-    x, y = rng.integers(256, size=(91, 5, 5), dtype=np.uint8), np.arange(91) % 3
-    np.savez(directory / "x.npz", train_images=x, train_labels=y, test_images=x[:9], test_labels=y[:9])
+    directory = tmp_path_factory.mktemp("processes")
+    save_npz(directory / "x.npz", (5, 5), 91, 9, classes=3)
     run(directory, "train", *RUN, "trainer=cpu", "run_dir=one")
     run(directory, "train", *RUN, "trainer=cpu", "run_dir=layer", "model.norm=layer")
     return directory

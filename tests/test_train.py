@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +15,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers import command
-from hydra import compose, initialize_config_dir
+from helpers import TINY, archive, command, one_run, save_npz
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import configs, redraw
+from tiny import density, open_data
 from torch.optim.lr_scheduler import OneCycleLR
 
 import pixelcnn_lit.benchmark
@@ -32,32 +30,11 @@ import pixelcnn_lit.sample
 import pixelcnn_lit.summarize
 import pixelcnn_lit.train
 from pixelcnn_lit.checkpoints import WEIGHTS, AtomicCheckpointIO
-from pixelcnn_lit.command import CONF
-from pixelcnn_lit.data.module import image_data
 from pixelcnn_lit.lit import DensityModel, load
 from pixelcnn_lit.models.layers import CausalConv2d
 from pixelcnn_lit.schedulers import WarmupCosine
 
 LIBC, LIBC_VERSION = platform.libc_ver()
-TINY = [
-    "model_size=tiny",
-    "trainer=cpu",
-    "trainer.log_every_n_steps=1",
-    "trainer.limit_train_batches=4",
-    "sampler.n_per_class=1",
-]
-
-
-def one_run(directory: Path, *overrides: str) -> dict:
-    command("train", *TINY, "trainer.max_epochs=2", f"run_dir={directory}", *overrides)
-    return json.loads((directory / "result.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("run")
-    one_run(directory)
-    return directory
 
 
 def test_a_run_leaves_result_settings_checkpoints_and_pictures(run):
@@ -118,19 +95,15 @@ def test_tensorboard_has_scalars_pictures_and_hparams(run):
     assert any(tag.startswith("_hparams_/") for tag in events.summary_metadata)
 
 
-def test_a_checkpoint_is_plain_and_rebuilds_itself_to_the_bit(run):
+def test_a_checkpoint_is_plain_and_rebuilds_itself_to_the_bit(run, tmp_path, start):
     """Law 6 again, by another process, from the file alone."""
     path = run / "checkpoints" / "best.ckpt"
     content = torch.load(path, weights_only=True)
     assert content["hyper_parameters"]["class_names"] == [str(c) for c in range(10)]
-    x = torch.randint(17, (3, 1, 8, 8), dtype=torch.uint8)
-    y = torch.tensor([0, 5, 10])
-    with torch.no_grad():
-        first = load(str(path)).nats(x, y)
-    code = f"import pixelcnn_lit.lit as l, torch; m = l.load({str(path)!r}); print(m.nats(*torch.load('b')).tolist())"
-    torch.save((x, y), run / "b")
-    printed = subprocess.run([sys.executable, "-c", code], cwd=run, capture_output=True, text=True, check=True).stdout
-    assert json.loads(printed) == first.tolist()
+    assert start(tmp_path, "evaluate", f"ckpt={path}", "trainer=cpu", "run_dir=there").wait(60) == 0
+    command("evaluate", f"ckpt={path}", "trainer=cpu", f"run_dir={tmp_path}/here")
+    here, there = ((tmp_path / place / "evaluation.json").read_text() for place in ("here", "there"))
+    assert json.loads(there) == json.loads(here)
 
 
 def test_evaluate_reproduces_the_figures_of_the_run(run, monkeypatch, tmp_path, capsys):
@@ -143,16 +116,9 @@ def test_evaluate_reproduces_the_figures_of_the_run(run, monkeypatch, tmp_path, 
         assert scored["images"] == 250
         assert scored["bpd"] == pytest.approx(result[key], abs=1e-6)
         assert f"all  {result[key]:.4f} bpd" in capsys.readouterr().out
-    weights = [int((digits().test.y == c).sum()) for c in range(10)]
+    weights = [int((open_data().test.y == c).sum()) for c in range(10)]
     mean = np.average(list(result["test/bpd_per_class"].values()), weights=weights)
     assert mean == pytest.approx(result["test/bpd"], abs=1e-6)
-
-
-def digits():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        data = image_data(OmegaConf.to_container(compose("data").dataset, resolve=True))
-    data.setup()
-    return data
 
 
 def test_evaluate_scores_any_split_and_takes_the_datasets_own_settings(tmp_path, monkeypatch):
@@ -164,11 +130,6 @@ def test_evaluate_scores_any_split_and_takes_the_datasets_own_settings(tmp_path,
     limited = [*asked, "trainer.limit_test_batches=2", f"run_dir={tmp_path}/b"]
     command("evaluate", *limited)
     assert json.loads((tmp_path / "b" / "evaluation.json").read_text())["images"] == 200
-
-
-def archive(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as content:
-        return dict(content)
 
 
 def test_sample_draws_the_asked_classes_and_the_same_ones_again(run, monkeypatch, tmp_path):
@@ -199,7 +160,7 @@ def test_completions_keep_what_is_known_and_score_the_rest(run, monkeypatch, tmp
     assert ("bpd of the completions" in result) == conditional
     assert ("not the conditional" in capsys.readouterr().out) != conditional
     if conditional:
-        test, model = digits().test[:3], load(str(run / "checkpoints" / "best.ckpt"))
+        test, model = open_data().test[:3], load(str(run / "checkpoints" / "best.ckpt"))
         with torch.no_grad():
             nats = -model.likelihood.log_prob(model.net(test.x, test.y), test.x)[:, :, 4:]
         assert result["bpd of the images' own rest"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)
@@ -341,16 +302,13 @@ def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeyp
 
 
 def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_work():
-    config = configs("pixelcnn model.norm=batch", "categorical", n_residual=2)
-    facts = {"image_shape": [1, 6, 6], "levels": 17, "num_classes": 3, "class_names": [], "label": "", "dataset": {}}
-    density = DensityModel(**config, **facts).double()
-    redraw(density)
+    model = density("pixelcnn model.norm=batch", "categorical", (1, 6, 6), n_residual=2).double()
     x, y = torch.randint(17, (2, 1, 6, 6), dtype=torch.uint8), torch.tensor([0, 2])
-    dense = pixelcnn_lit.benchmark.with_dense_kernels(copy.deepcopy(density))
-    assert torch.allclose(dense.nats(x, y), density.nats(x, y), rtol=1e-12)
-    live = [pixelcnn_lit.benchmark.live_flops(model.float(), x, y) for model in (density, dense)]
+    dense = pixelcnn_lit.benchmark.with_dense_kernels(copy.deepcopy(model))
+    assert torch.allclose(dense.nats(x, y), model.nats(x, y), rtol=1e-12)
+    live = [pixelcnn_lit.benchmark.live_flops(each.float(), x, y) for each in (model, dense)]
     assert live[0] == live[1]  # the dead rows of the dense kernels are no work either
-    published = pixelcnn_lit.benchmark.as_published(DensityModel(**configs("pixel_attention", "categorical"), **facts))
+    published = pixelcnn_lit.benchmark.as_published(density("pixel_attention", "categorical", (1, 6, 6)))
     kernels = [layer for layer in published.net.modules() if hasattr(layer, "mask")]
     assert len(kernels) == 1 + 2 + 2
     assert not any(isinstance(kernel, CausalConv2d) for kernel in kernels)
@@ -384,7 +342,7 @@ def test_attention_to_later_pixels_is_no_work():
 
 def test_the_mean_counts_every_image_once_whatever_the_batches(run):
     """250 images in batches of 7, 32 and 250: published code averages the means of batches, the short one too."""
-    model, data = load(str(run / "checkpoints" / "best.ckpt")), digits()
+    model, data = load(str(run / "checkpoints" / "best.ckpt")), open_data()
     with torch.no_grad():
         exact = model.nats(data.test.x, data.test.y).double().mean() / 64 / math.log(2)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
@@ -398,7 +356,7 @@ def test_a_uniform_model_scores_log2_of_the_levels(run):
     last = list(model.net.modules())[-1]
     for parameter in (*last.parameters(), *model.likelihood.parameters()):
         torch.nn.init.zeros_(parameter)
-    data = digits()
+    data = open_data()
     with torch.no_grad():
         nats = model.nats(data.test.x, data.test.y)
     assert torch.allclose(nats / 64 / math.log(2), torch.tensor(math.log2(17)), atol=1e-5)
@@ -520,9 +478,7 @@ def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
 @pytest.mark.parametrize("recipe", ["mnist_gpu", "cifar10_10min", "cifar10_20min", "cifar10_best", "cifar10_24gb"])
 def test_a_recipe_for_a_gpu_takes_a_few_steps_on_a_cpu(tmp_path, monkeypatch, recipe):
     """As it is, but narrow and not compiled, on few images of its dataset's shape."""
-    shape = (28, 28) if recipe.startswith("mnist") else (32, 32, 3)
-    x, y = np.random.default_rng(0).integers(256, size=(40, *shape), dtype=np.uint8), np.arange(40) % 10
-    np.savez(tmp_path / "x.npz", train_images=x, train_labels=y, test_images=x[:2], test_labels=y[:2])
+    save_npz(tmp_path / "x.npz", (28, 28) if recipe.startswith("mnist") else (32, 32, 3), 40, 2, classes=10)
     few = ["dataset=npz", f"dataset.path={tmp_path}/x.npz", "dataset.batch_size=2", "dataset.num_workers=0"]
     small = ["compile=false", "model.hidden_channels=8", "trainer.max_steps=2", "~callbacks.samples"]
     command("train", f"experiment={recipe}", *few, *small, f"run_dir={tmp_path}/run")
@@ -533,9 +489,7 @@ def test_a_recipe_for_a_gpu_takes_a_few_steps_on_a_cpu(tmp_path, monkeypatch, re
 
 @pytest.mark.parametrize("likelihood", ["categorical", "categorical_independent", "logistic_mixture"])
 def test_a_colour_model_trains_is_scored_and_draws(tmp_path, monkeypatch, likelihood):
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(256, size=(80, 5, 4, 3), dtype=np.uint8), np.arange(80) % 3
-    np.savez(tmp_path / "x.npz", train_images=x, train_labels=y, test_images=x[:9], test_labels=y[:9])
+    save_npz(tmp_path / "x.npz", (5, 4, 3), 80, 9, classes=3)
     npz = ["dataset=npz", f"dataset.path={tmp_path}/x.npz", "dataset.batch_size=8", "dataset.num_workers=0"]
     result = one_run(tmp_path / "run", *npz, f"likelihood={likelihood}")
     most = 11 if likelihood == "logistic_mixture" else 9  # its components start on greys
