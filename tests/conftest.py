@@ -1,24 +1,19 @@
-"""What several files of tests read."""
-
-import os
-
-# One thread: tests run side by side, and their tensors are small. Read when torch is imported, here and in children.
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""What several files of tests read. Nothing heavy is imported here: the process that deals the tests out needs none."""
 
 import gzip
 import hashlib
+import os
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from helpers import Child, Children
-from torchvision import datasets
+from helpers import Child, Children, one_run
 
-from pixelcnn_lit.data import official
-
-torch.set_num_threads(1)
+# One thread, for tests run side by side and their tensors are small. torch reads it when it is imported, here and in
+# each process that a test starts.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -40,9 +35,21 @@ def spawn(children) -> Callable[..., Child]:
     return children.spawn
 
 
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """A finished tiny run on the digits, for all who only read it."""
+    directory = tmp_path_factory.mktemp("run")
+    one_run(directory)
+    return directory
+
+
 @pytest.fixture
 def small_mnist(tmp_path, monkeypatch):
     """30 + 10 images in MNIST's own format, whose checksums torchvision is told to expect."""
+    from torchvision import datasets
+
+    from pixelcnn_lit.data import official
+
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(256, size=(30, 28, 28), dtype=np.uint8)
