@@ -146,7 +146,7 @@ import sys
 sys.modules |= dict.fromkeys(["torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn"])
 from pixelcnn_lit.command import run
 for name in sys.argv[1].split():
-    for typed in "--help", "--cfg=job", "typo=1":
+    for typed in ["--help"] * (name == "train") + ["typo=1"]:
         sys.argv = [name, typed]
         try:
             run(name)
@@ -160,6 +160,6 @@ def test_help_and_typos_are_answered_before_torch_is_imported(tmp_path):
     asked = [sys.executable, "-c", WITHOUT_TORCH, names]
     ended = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert ended.returncode == 0, ended.stderr
+    assert "train is powered by Hydra" in ended.stdout
     for name in names.split():
-        assert f"{name} is powered by Hydra" in ended.stdout
         assert f"{name} typo=1 error: typo: there is no such setting" in ended.stdout

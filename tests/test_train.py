@@ -87,6 +87,15 @@ def test_a_line_an_epoch_tells_its_own_figures(tmp_path, capsys):
     )
 
 
+@pytest.mark.long
+def test_the_default_run_ends_at_its_best(tmp_path):
+    """The curve that a newcomer sees first does not rise again."""
+    command("train", f"run_dir={tmp_path}")
+    curve = [event.value for event in EventAccumulator(str(tmp_path)).Reload().Scalars("val/bpd")]
+    assert curve[-1] < 1.01 * min(curve)
+    assert json.loads((tmp_path / "result.json").read_text())["test/bpd"] < 1.66
+
+
 def test_tensorboard_has_scalars_pictures_and_hparams(run):
     events = EventAccumulator(str(run)).Reload()
     expected = {"train/nll", "train/nll_step", "val/nll", "val/bpd", "test/bpd", "best/val_bpd", "lr-Muon"}
