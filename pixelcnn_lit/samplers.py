@@ -240,7 +240,7 @@ class Pace:
         return sum(images / self._seconds[process] for process, images in self._images.items())
 
     def __str__(self) -> str:
-        """For the end of a phrase; empty where nobody was timed, as by a sampler that does not."""
+        """The end of a phrase; empty where nobody was timed, as by a sampler that does not."""
         if not self._images:
             return ""
         together = f" in {len(self._images)} processes" if len(self._images) > 1 else ""
@@ -341,7 +341,7 @@ def draw(
 
 
 def cut(n: int, batch_size: int) -> list[slice]:
-    """0..n-1 in as few parts as do with `batch_size` each, and as equal as can be."""
+    """Slices of 0..n-1, as few as do with `batch_size` each, and as equal as can be."""
     parts = -(-n // batch_size)
     return [slice(*edges) for edges in pairwise(n * part // parts for part in range(parts + 1))]
 
@@ -356,7 +356,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How images are drawn: the model, and all that is the same for each batch."""
+    """The model that is drawn from, and all else that is the same for each batch."""
 
     net: nn.Module
     likelihood: Any
@@ -381,7 +381,7 @@ class Drawing:
 
 
 def _keys(y: Tensor, n_per_class: int, seed: int) -> list[tuple[int, int, int, int]]:
-    """Of the noise of each image; where a class is asked for again, its numbers go on."""
+    """Keys of the noise of each image; where a class is asked for again, its numbers go on."""
     # The last number of a key sets it apart from shorter ones, which numpy fills up with zeros.
     drawn, keys = Counter[int](), []
     for label in y.repeat_interleave(n_per_class).tolist():
@@ -411,7 +411,7 @@ def _plain(part: nn.Module) -> nn.Module:
 
 
 def _drawn(drawing: Drawing, image_shape: tuple[int, ...], threads: int, batch: Batch) -> tuple[int, float, np.ndarray]:
-    """What another process does: its number, the seconds it took to draw a batch, and the images uint8 [B,C,H,W]."""
+    """Draw a batch in another process: its number, the seconds that it took, and the images uint8 [B,C,H,W]."""
     canvas = torch.zeros(len(batch.keys), *image_shape, dtype=torch.uint8)
     began = time.perf_counter()
     with on_threads(threads):

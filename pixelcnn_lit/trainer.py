@@ -84,14 +84,14 @@ def settle_threads(trainer: L.Trainer, typed: int | None, work: float) -> int | 
     if device.type != "cpu":
         return typed
     threads = take_threads(typed, work / trainer.world_size, trainer.num_devices)
-    trainer.callbacks.append(Threads(threads))  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.callbacks.append(KeepThreads(threads))  # pyright: ignore[reportAttributeAccessIssue]
     if trainer.is_global_zero:
         say_threads(device, threads)
     return threads
 
 
-class Threads(Callback):
-    """Lets torch keep its threads in each of several processes, for which Lightning's launcher has another number."""
+class KeepThreads(Callback):
+    """Give torch its threads back in each of several processes, in which Lightning's launcher sets another number."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads

@@ -8,7 +8,6 @@ came: so it ends, too.
 import contextlib
 import os
 import pickle
-import signal
 import struct
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from queue import SimpleQueue
 from typing import IO, Any, NamedTuple
 
 from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.memory import keep_freed_memory
 
 WORTH = 8.0  # seconds of work left, from which on it pays to start processes, each of which takes some to start
 LENGTH = struct.Struct("<Q")  # of a message in a pipe, in bytes
@@ -101,16 +101,15 @@ def _others(
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             process = subprocess.Popen([sys.executable, "-c", code], **pipes, **apart)
             thread = threading.Thread(target=_hand_over, args=(process, sent, tasks, left, answers), daemon=True)
-            started.append((process, thread))
             thread.start()
+            started.append((process, thread))
         yield
     finally:
         for process, _ in started:
             process.kill()
         for process, thread in started:
             process.wait()
-            if thread.ident:  # else it was not started
-                thread.join()
+            thread.join()
 
 
 def _hand_over(
@@ -144,7 +143,7 @@ def serve() -> None:
     """Be another process: read a function, then do task after task with it, until the parent is gone."""
     given, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed here is no answer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     inbox: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_listen, args=(given, inbox), daemon=True).start()
     there = _answer(pickle.loads, inbox.get())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,15 @@ def answered(monkeypatch) -> threading.Event:
     return event
 
 
+@pytest.mark.parametrize(("processes", "watch"), [(1, None), (2, None), (2, print)])
+def test_other_processes_draw_for_those_who_ask_and_do_not_watch(monkeypatch, processes, watch):
+    sent = []
+    monkeypatch.setattr(samplers, "share", lambda tasks, here, there, arrived, processes: sent.append(there))
+    net, inside = make("pixelcnn", "categorical", (1, 4, 4), levels=17, num_classes=4)
+    draw(Request(net, inside, torch.tensor([0]), (1, 4, 4), 4, [0], watch=watch, processes=processes))
+    assert (sent != [None]) == (processes > 1 and watch is None)
+
+
 def test_law_5_one_process_or_several_draw_the_same_integers(monkeypatch, answered):
     net, inside = (part.float() for part in make("pixelcnn", "categorical", (3, 4, 5), levels=17, num_classes=4))
     image = torch.randint(17, (3, 3, 4, 5), dtype=torch.uint8)
@@ -109,6 +119,7 @@ def shared(answered) -> Callable[..., dict[int, Any]]:
         def here(n: int) -> None:
             assert n not in done
             assert not done or not others_answer or answered.wait(60)
+            time.sleep(0.01)  # for others to come into the way
             done[n] = "here"
 
         def arrived(n: int, answer: Any) -> None:
@@ -163,7 +174,7 @@ import time
 from pixelcnn_lit import signals, workers
 
 workers.WORTH = 0
-task = "import os, time; os.write(1, b'at work'); time.sleep(600)"
+task = "import os, time; os.write(1, b'alone: %d' % (os.getpgrp() == os.getpid())); time.sleep(600)"
 with signals.raise_on_signals():
     workers.share([task] * 4, lambda n: time.sleep(600 * bool(n)), exec, print, 2)
 """
@@ -175,12 +186,15 @@ def test_no_process_outlives_its_parent_or_has_a_word_to_say(signum):
     """The signal goes to the whole group, as Ctrl-C does. What the other process prints goes to the parent's stderr."""
     number = getattr(signal, signum)
     own: Any = {"stderr": subprocess.PIPE, "start_new_session": True}
-    with subprocess.Popen([sys.executable, "-c", PARENT], **own) as parent:
-        said = b""
-        while b"at work" not in said:
+    parent, said = subprocess.Popen([sys.executable, "-c", PARENT], **own), b""
+    try:
+        while b"alone: " not in said:
             said += os.read(parent.stderr.fileno(), 100)
             assert said, "it ended"
         os.killpg(parent.pid, number)
-        rest = parent.communicate(timeout=60)[1]
-    assert said + rest == b"at work"
+        said += parent.communicate(timeout=60)[1]
+    finally:
+        parent.kill()
+        parent.wait()
+    assert said == b"alone: 1"  # in a group of its own
     assert parent.returncode == (-number if signum == "SIGKILL" else 128 + number)
