@@ -17,7 +17,6 @@ from helpers import Child, Children, slurm
 
 from pixelcnn_lit.checkpoints import read_checkpoint
 
-pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("PIXELCNN_KILLS", "4"))
 SIGNALS = int(os.environ.get("PIXELCNN_SIGNALS", "4"))
 RUN = [
@@ -228,6 +227,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_it_trains_where_a_system_lacks_what_unix_has(tmp_path, children, whole):
     """As macOS and Windows do: without SIGUSR1, fork and mallopt, and with workers that are spawned."""
     (tmp_path / "program.py").write_text(OTHER_SYSTEM)

@@ -18,7 +18,6 @@ from pixelcnn_lit.resume import LastCheckpoint
 from pixelcnn_lit.signals import Stopped
 from pixelcnn_lit.trainer import make_trainer
 
-pytestmark = pytest.mark.slow
 DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 RUN = [
     "model_size=tiny",
@@ -156,6 +155,7 @@ def test_a_signal_before_training_leaves_no_process_waiting(place, spawn):
     assert "Traceback" not in process.output()
 
 
+@pytest.mark.long
 def test_a_sweep_of_two_processes_a_job_is_one_tree(place, spawn):
     """Lightning starts the second process of each."""
     sweep = ["-m", *RUN, *DDP, "model.norm=layer,batch", "trainer.max_epochs=1", "run_dir=sweep"]
@@ -166,6 +166,7 @@ def test_a_sweep_of_two_processes_a_job_is_one_tree(place, spawn):
     assert not (place / "runs").exists() or not list((place / "runs").glob("train/*"))
 
 
+@pytest.mark.long
 def test_a_sweep_in_workers_that_is_typed_again_does_what_is_left(place, spawn):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install -e '.[sweeps]'")
     sweep = ["-m", *RUN, "trainer=cpu", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "run_dir=workers"]

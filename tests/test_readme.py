@@ -34,12 +34,13 @@ def jobs(overrides: list[str]) -> list[tuple[str, ...]]:
     return list(product(*([f"{key}{sign}{value}" for value in values.split(",")] for key, sign, values in typed)))
 
 
-COMMANDS = [
+SHOWN_COMMANDS = [
     *commands(README),
     *commands((WEIGHTS / "README.md").read_text()),
     *(command for experiment in EXPERIMENTS for command in commands(experiment.read_text())),
     *(f"train {overrides}" for overrides in re.findall(r"^\| `(experiment=[^`]+)`", README, re.MULTILINE)),
 ]
+COMMANDS = sorted({command.strip() for command in SHOWN_COMMANDS})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -65,7 +66,7 @@ from helpers import command
 command("data", "dataset=stripes", "dataset.num_workers=0")
 command("train", "model=rowcnn", "dataset=stripes", "model_size=tiny", "trainer=cpu", "trainer.max_steps=1",
     "dataset.num_workers=0")
-sys.exit(pytest.main(["tests/test_laws.py", "tests/test_samplers.py", "-k", "rowcnn", "-q"]))
+sys.exit(pytest.main(["tests/test_laws.py", "tests/test_samplers.py", "-k", "rowcnn", "-q", "-n0"]))
 """
 
 
