@@ -37,10 +37,11 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def _none_but_said(monkeypatch):
+    """Torch keeps its one thread: several would come to a standstill beside other programs, and other tests."""
+    said = [1]
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: said.__setitem__(0, n))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: said[0])
 
 
 @pytest.fixture
@@ -92,6 +93,14 @@ def test_what_is_typed_goes_before_the_environment_and_that_before_the_work(
     if environment:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)
     assert machine.take_threads(typed, work, processes) == torch.get_num_threads() == taken
+
+
+def test_cores_are_those_that_this_process_may_use_where_the_system_tells(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5}, raising=False)
+    assert (machine.cores(), machine.processes_of(1), machine.processes_of(3)) == (2, 2, 1)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert machine.cores() == 16
 
 
 def work_of(*overrides: str, batch_size: int | None = None) -> float:

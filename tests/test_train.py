@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -297,6 +298,7 @@ def test_guidance_of_a_model_trained_with_label_dropout_draws(tmp_path, monkeypa
 
 def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pixelcnn_lit.benchmark, "cores", lambda: 2)
+    monkeypatch.setattr(pixelcnn_lit.benchmark, "on_threads", lambda threads: nullcontext())
     small = ["model_size=tiny", "model.norm=batch", "image_shape=[1,6,6]", "batch_size=2", "rounds=1"]
     command("benchmark", *small, f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "benchmark.json").read_text())
