@@ -47,7 +47,7 @@ def main(
         raise UserError("task=novelty and dataset@beside=NAME go together; type both")
     model = load(ckpt)
     data = saved_or_given(ckpt, dict(model.hparams), dataset)
-    if "_target_" not in dataset and (difference := data.changed_since(read_checkpoint(ckpt))):
+    if "_target_" not in dataset and (difference := data.changed_since(read_checkpoint(ckpt), split)):
         rank_zero_only(print)(f"ckpt={ckpt}: {difference}")
     data.test = chosen(getattr(data, split), n_images)  # so that Lightning asks for it, process by process
     head = {"label": data.label, "split": split, "images": len(data.test), "checkpoint": ckpt}

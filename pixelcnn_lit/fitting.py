@@ -195,7 +195,7 @@ def read_start(path: str, module: Any, data: ImageData, extras: list[Callback]) 
         raise UserError(f"ckpt={path}: weights alone, from which no run can go on; type RUN_DIR/checkpoints/last.ckpt")
     same = (*ImageData.FACTS, *module.IDENTITY)
     require_same(path, saved["hyper_parameters"], {key: module.hparams[key] for key in same})
-    if difference := data.changed_since(saved):
+    if difference := data.changed_since(saved, *data.state_dict()):
         raise UserError(f"ckpt={path}: {difference}; put those images back, or start another run")
     averaged = any(isinstance(callback, WeightAveraging) for callback in extras)
     if ("averaging_state" in saved) != averaged:

@@ -91,14 +91,17 @@ def test_scores_on_other_images_than_the_runs_are_given_and_say_so(tmp_path, cap
     arrays = archive(file)
     command("train", *TINY, *MODEL, *data(file), f"run_dir={tmp_path}/run")
     evaluate = [f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "trainer=cpu", f"run_dir={tmp_path}/score"]
-    told = "best.ckpt: its test split was 8 images of checksum "
-    command("evaluate", *evaluate)
-    assert told not in capsys.readouterr().out
-    archive(file, test_images=flipped(arrays["test_images"]))
-    command("evaluate", *evaluate)
-    assert told in capsys.readouterr().out
-    command("evaluate", *evaluate, *data(file)[:2])  # another dataset, which it was told of
-    assert told not in capsys.readouterr().out
+    for changed, own, told in [
+        ({}, [], False),
+        ({"test_images": flipped(arrays["test_images"])}, [], True),
+        ({"test_images": flipped(arrays["test_images"])}, data(file)[:2], False),  # it is typed that they are others
+        ({"train_images": flipped(arrays["train_images"])}, [], False),  # not those that are scored
+    ]:
+        archive(file, **changed)
+        command("evaluate", *evaluate, *own)
+        printed = capsys.readouterr().out
+        assert ("best.ckpt: its test split was 8 images of checksum " in printed) == told
+        assert ("split was" in printed) == told
 
 
 def test_one_class_is_trained_and_scored(tmp_path, capsys):

@@ -128,12 +128,13 @@ class ImageData(L.LightningDataModule):
         splits = {"train": self._drawn_from, "validation": self.validation, "test": self.test}
         return {name: once.fingerprint(split) for name, split in splits.items()}
 
-    def changed_since(self, checkpoint: dict[str, Any]) -> str | None:
-        """What is different about the first split that is not as in the run of a checkpoint, as far as that says."""
+    def changed_since(self, checkpoint: dict[str, Any], *splits: str) -> str | None:
+        """What is different about the first of these splits that is not as in a checkpoint's run, if that is known."""
         kept = checkpoint.get(type(self).__qualname__)
         before = kept if isinstance(kept, dict) else {}  # it has none if it is from before there were fingerprints
-        for name, now in self.state_dict().items():
-            if name in before and before[name] != now:
+        for name in splits:
+            now = self._fingerprints[name]
+            if before.get(name, now) != now:
                 return f"its {name} split was {before[name]}, here it is {now}"
         return None
 
