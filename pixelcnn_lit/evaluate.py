@@ -29,7 +29,7 @@ from pixelcnn_lit.files import write_text
 from pixelcnn_lit.lit import DensityModel, bits, load
 from pixelcnn_lit.machine import Threads, best_device, say_threads, step_work, take_threads
 from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.trainer import make_trainer, settle_threads
+from pixelcnn_lit.trainer import make_trainer, require_batches, settle_threads
 
 
 def main(
@@ -75,6 +75,7 @@ def bits_per_dimension(
 ) -> dict[str, Any] | None:
     """Of the images in data.test, which are of `split`, overall and per class; None in all processes but the first."""
     scorer = make_trainer(trainer, logger=False, enable_checkpointing=False)
+    require_batches(scorer, "test", len(data.test), data.batch_size)
     settle_threads(scorer, threads, step_work(model, model.image_shape, data.batch_size))
     scorer.test(model, data, verbose=False)
     figures = {key.removeprefix("test/"): value for key, value in model.figures.items()}

@@ -35,7 +35,7 @@ from pixelcnn_lit.resume import Streams
 from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.runs import CONFIG, alone_in, last_checkpoint, saved_settings, starting_point, typed_settings
 from pixelcnn_lit.signals import Stopped
-from pixelcnn_lit.trainer import make_trainer, settle_threads
+from pixelcnn_lit.trainer import make_trainer, require_batches, settle_threads
 
 
 def start_or_go_on(
@@ -175,15 +175,8 @@ def require_scores(trainer: L.Trainer, data: ImageData, monitor: str, mode: str)
         raise UserError(f"callbacks.best: must keep the weights best on {monitor} (mode {mode}); type that")
     if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
         raise UserError("trainer.fast_dev_run: keeps no checkpoint; type trainer.max_steps=1")
-    for key, split in (("val", data.validation), ("test", data.test)):
-        limit, batches = getattr(trainer, f"limit_{key}_batches"), -(-len(split) // data.batch_size)
-        if not int(limit * batches if isinstance(limit, float) else limit):
-            overfits = key == "val" and trainer.overfit_batches  # pyright: ignore[reportAttributeAccessIssue]
-            limited = "overfit_batches" if overfits else f"limit_{key}_batches"
-            raise UserError(
-                f"trainer.{limited}={limit:g}: every run is validated and tested, and that is none of {batches} "
-                "batches; type 1.0 or a number"
-            )
+    for name, split in (("val", data.validation), ("test", data.test)):
+        require_batches(trainer, name, len(split), data.batch_size)
     if every and epochs is not None and 0 <= epochs < every:
         raise UserError(f"trainer.max_epochs={epochs}: type at least trainer.check_val_every_n_epoch={every}")
 

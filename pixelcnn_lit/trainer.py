@@ -100,6 +100,15 @@ class KeepThreads(Callback):
         take_threads(self.threads)
 
 
+def require_batches(trainer: L.Trainer, name: str, n_images: int, batch_size: int) -> None:
+    """Raise UserError where a limit of the trainer, for "val" or "test", leaves none of so many images to score."""
+    limit, batches = getattr(trainer, f"limit_{name}_batches"), -(-n_images // batch_size)
+    if not int(limit * batches if isinstance(limit, float) else limit):
+        overfits = name == "val" and trainer.overfit_batches  # pyright: ignore[reportAttributeAccessIssue]
+        flag = "overfit_batches" if overfits else f"limit_{name}_batches"
+        raise UserError(f"trainer.{flag}={limit:g}: leaves none of {batches} batches to score; type 1.0 or a number")
+
+
 def share_buffers(trainer: L.Trainer, net: nn.Module) -> None:
     """BatchNorm's statistics are each process's own; let those be scored that are saved, which are the first one's."""
     if trainer.world_size > 1:

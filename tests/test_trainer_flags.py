@@ -15,6 +15,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from helpers import command
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import StrategyRegistry
@@ -57,7 +58,7 @@ RUNS: list[dict[str, Any]] = [  # each ends in a result
     {"limit_predict_batches": 0, "enable_checkpointing": True, "gradient_clip_val": None, "log_every_n_steps": None},
 ]
 OWN = "is set by the program"
-NONE = "every run is validated and tested, and that is none of"
+NONE = "leaves none of 32 batches to score; type 1.0 or a number"
 REFUSED: list[tuple[str, Any, str]] = [  # a flag, a value, and what the line says
     *((flag, None, OWN) for flag in ("logger", "callbacks", "plugins", "default_root_dir")),
     *((flag, True, OWN) for flag in ("barebones", "enable_model_summary", "use_distributed_sampler")),
@@ -170,6 +171,35 @@ def test_each_strategy_ends_in_a_result_or_in_one_line(tmp_path, settings, strat
     line = outcome(tmp_path, own, trainer=own["trainer"] | {"strategy": strategy})
     if any(way in strategy for way in ("spawn", "fork", "notebook")):
         assert line == f"trainer.strategy={strategy}: would fork or spawn this process; type ddp, which starts others"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(settings, tmp_path_factory) -> str:
+    directory = tmp_path_factory.mktemp("run")
+    assert outcome(directory, settings["train"]) is None
+    return json.loads((directory / "result.json").read_text())["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["trainer.precision=64-true", "+trainer.detect_anomaly=true", "+trainer.overfit_batches=1"], None),
+        (["trainer.precision=bf16-true", "+trainer.inference_mode=false", "+trainer.profiler=simple"], None),
+        (["trainer.precision=16-true", "trainer.limit_test_batches=1", "trainer.max_steps=0"], None),
+        (["trainer.limit_test_batches=0"], "trainer.limit_test_batches=0: leaves none of 2 batches to score"),
+        (["+trainer.barebones=true"], OWN),
+        (["trainer.strategy=ddp_fork"], "type ddp"),
+    ],
+    ids=str,
+)
+def test_evaluate_takes_the_flags_that_fit_and_refuses_others(tmp_path, checkpoint, flags, message):
+    evaluate = [f"ckpt={checkpoint}", "trainer=cpu", "dataset.num_workers=0", "n_images=16", f"run_dir={tmp_path}"]
+    if message is None:
+        command("evaluate", *evaluate, *flags)
+        assert json.loads((tmp_path / "evaluation.json").read_text())["nll"] == pytest.approx(np.log(17), abs=1)
+    else:
+        with pytest.raises(SystemExit, match=message):
+            command("evaluate", *evaluate, *flags)
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
