@@ -16,6 +16,13 @@ from helpers import Child, Children, one_run
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("long")
+
+
 @pytest.fixture
 def children() -> Iterator[Children]:
     """See `Children`: what a test starts ends with it. A fixture of wider scope opens its own."""

@@ -120,7 +120,9 @@ def test_law_9_a_signal_at_any_moment_ends_in_a_saved_run_or_in_its_own_end(tmp_
     assert_same_end(run, whole)
 
 
-@pytest.mark.parametrize("signum", SIGNUMS)
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, *(pytest.param(signum, marks=pytest.mark.long) for signum in SIGNUMS[1:])]
+)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, start, whole, signum):
     settings = [*RUN, "callbacks.last.every_n_steps=null", "dataset.num_workers=2"]
     process = start(tmp_path, "train", "run_dir=run", *settings)
@@ -135,7 +137,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, start, whole, signum):
     assert_same_end(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("slow", [None, slow_writer])
+@pytest.mark.parametrize("slow", [pytest.param(None, marks=pytest.mark.long), slow_writer])
 def test_sigusr1_saves_and_requeues_the_job_which_then_ends_the_same(tmp_path, start, whole, slow):
     """It is typed the same again. The signal strikes while a logger flushes, as it may."""
     process = start(tmp_path, "train", "run_dir=run", *RUN, before=slow, **slurm(tmp_path))
@@ -190,7 +192,7 @@ def handles_signals(process: Child) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks /proc for the moment")
 @pytest.mark.parametrize("signum", SIGNUMS)
-@pytest.mark.parametrize("name", ["train", "sample"])
+@pytest.mark.parametrize("name", ["train", pytest.param("sample", marks=pytest.mark.long)])
 def test_a_signal_while_it_imports_ends_a_command_at_once(tmp_path, spawn, name, signum):
     process = spawn(tmp_path, name, "ckpt=mnist" if name == "sample" else "run_dir=run")
     process.wait_until(lambda: handles_signals(process), 10)

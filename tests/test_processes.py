@@ -141,6 +141,7 @@ def test_one_of_two_tasks_gets_sigusr1_in_a_validation_and_the_first_requeues_th
     assert 0 < read_checkpoint(str(tmp_path / "run" / "checkpoints" / "last.ckpt"))["global_step"] < 60
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="asks /proc for processes")
 def test_a_signal_before_training_leaves_no_process_waiting(place, spawn):
     """The second process is on its way to the first, for which it would wait half an hour."""

@@ -68,6 +68,7 @@ sys.exit(pytest.main(["tests/test_laws.py", "tests/test_samplers.py", "-k", "row
 """
 
 
+@pytest.mark.long
 def test_what_the_readme_shows_is_put_into_a_checkout_unedited_and_keeps_the_laws(tmp_path, children):
     for part in ("conf", "pixelcnn_lit"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("weights", "__pycache__"))
