@@ -38,7 +38,7 @@ class EMA(WeightAveraging):
         super().__init__(multi_avg_fn=average)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep the average where the model will be, and as fine. Lightning would leave it as the model is by now."""
+        """Keep the average where the model will be. It is still on the CPU, where Lightning would leave the average."""
         if trainer.precision == "16-true":
             raise UserError(
                 "trainer.precision=16-true: torch averages no such weights; type callbacks=no_ema, or "
@@ -46,16 +46,15 @@ class EMA(WeightAveraging):
             )
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
-        if self._average_model is not None and trainer.precision == "64-true":
-            self._average_model.double()
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average in the place of the weights. Lightning would exchange them, and so round the average."""
-        self._weights = [tensor.detach().clone() for tensor in (*pl_module.parameters(), *pl_module.buffers())]
-        self._copy_average_to_current(pl_module)
+        if self._average_model is not None:
+            self._weights = [tensor.detach().clone() for tensor in (*pl_module.parameters(), *pl_module.buffers())]
+            self._copy_average_to_current(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        tensors = *pl_module.parameters(), *pl_module.buffers()
-        for tensor, kept in zip(tensors, self._weights, strict=True):
-            tensor.data.copy_(kept)
-        del self._weights
+        if self._average_model is not None:
+            for tensor, kept in zip((*pl_module.parameters(), *pl_module.buffers()), self._weights, strict=True):
+                tensor.data.copy_(kept)
+            del self._weights

@@ -123,6 +123,8 @@ def fit(
     require_scores(trainer, data, *module.MONITOR)
     work = step_work(module, data.facts["image_shape"], data.batch_size)
     saved_with["threads"] = settle_threads(trainer, saved_with["threads"], work)
+    if trainer.precision == "64-true":
+        module.double()  # Lightning does so when it has loaded a checkpoint, which would be rounded
     try:
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -85,11 +85,3 @@ def test_the_average_is_finer_than_coarse_weights_and_a_validation_leaves_both_a
     ema.on_validation_epoch_end(trainer, module)
     assert module.weight == 1.0078125
     assert torch.equal(average.module.weight, kept)
-
-
-def test_the_average_of_float64_is_float64():
-    module, ema = Steps(), EMA()
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), precision="64-true")
-    ema.setup(trainer, module.float(), "fit")
-    assert ema._average_model is not None
-    assert ema._average_model.module.weight.dtype == torch.float64

@@ -98,6 +98,8 @@ VARIANTS = {
     "another likelihood": ["likelihood=logistic_mixture"],
     "validations by steps": ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=4"],
     "overfitted": ["+trainer.overfit_batches=2"],
+    "bf16-true": ["trainer.precision=bf16-true"],
+    "64-true": ["trainer.precision=64-true"],
     "longer epochs": ["trainer.limit_train_batches=1.0", "dataset.batch_size=256", *PLATEAU],
 }
 
@@ -153,6 +155,7 @@ MOMENTS = [
     ("longer epochs", "training_step", 6),
     ("validations by steps", "training_step", 6),
     ("overfitted", "training_step", 3),
+    ("64-true", "validation_step", 2),
 ]
 OTHER_MOMENTS = [
     ("plain", "training_step", 3),
@@ -169,6 +172,7 @@ OTHER_MOMENTS = [
     ("a validation every other epoch", "training_step", 16),
     ("stopped by max_steps", "validation_step", 5),
     ("validations by steps", "validation_step", 7),
+    ("bf16-true", "training_step", 8),
 ]
 
 
