@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
-from tqdm import tqdm
 
 from pixelcnn_lit.lit import DensityModel
+from pixelcnn_lit.terminal import progress
 
 
 class Scores(NamedTuple):
@@ -26,7 +26,7 @@ class Scores(NamedTuple):
 def class_log_likelihoods(model: DensityModel, x: Tensor, batch_size: int) -> Tensor:
     """log p(x | y) in nats of images uint8 [N,C,H,W] given each class: [N,num_classes], on the CPU."""
     rows = []
-    for batch in tqdm(x.split(batch_size), desc="classifying", disable=None):
+    for batch in progress(x.split(batch_size), desc="classifying"):
         here = batch.to(model.device)
         given = [torch.full((len(here),), label, device=model.device) for label in model.classes]
         rows.append(torch.stack([-model.nats(here, y) for y in given], dim=1).cpu())

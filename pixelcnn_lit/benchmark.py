@@ -29,6 +29,7 @@ from pixelcnn_lit.machine import Threads, best_device, cores, fast_bf16, on_thre
 from pixelcnn_lit.models.layers import CausalConv2d
 from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.samplers import Conditioned, Pick, evaluating, fixed_point, picker, walk
+from pixelcnn_lit.terminal import progress
 
 NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
 CACHED_STEPS = 32  # likewise
@@ -74,7 +75,7 @@ def main(
 def medians(timed: Timed, rounds: int) -> dict[str, float]:
     """Seconds of each, taken in turns so that whatever else the machine does falls on all alike; warmed up first."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for round in range(rounds + 1):
+    for round in progress(range(rounds + 1), desc="measuring", unit=" rounds"):
         for name, function in timed.items():
             began = time.perf_counter()
             function()

@@ -86,14 +86,12 @@ def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], k
     """
     prefix = where and where + "."
     parameters = inspect.signature(function).parameters
-    hints = hints_of(function.__init__ if inspect.isclass(function) else function)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for key, value in values.items():
+    for key in values:
         if key in known or (key not in parameters and not open_ended):
             settings = [name for name in parameters if name not in known]
             raise UserError(f"{prefix}{key}: there is no such setting; {closest(key, settings)}")
-        if not fits(value, hints.get(key, Any)):
-            raise UserError(f"{prefix}{key}={value}: must be {describe(hints[key])}")
+    check_values(where, function, values)
     for key, parameter in parameters.items():
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         required = parameter.default is parameter.empty and not variadic
@@ -109,6 +107,32 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
         with contextlib.suppress(NameError):
             hints |= get_type_hints(alone, function.__globals__, include_extras=True)
     return hints
+
+
+def check_values(where: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Check types and ranges of `values`, as far as the annotations of `function` tell of them."""
+    hints = hints_of(function.__init__ if inspect.isclass(function) else function)
+    for key, value in values.items():
+        if fits(value, hint := hints.get(key, Any)):
+            continue
+        key = f"{where and where + '.'}{key}"
+        quotes = f"; type '{key}=\"...\"'" if value is not None and fits("", hint) else ""
+        raise UserError(f"{key}={value}: must be {describe(hint)}{quotes}")
+
+
+def check_parts(settings: Mapping[str, Any]) -> None:
+    """Check the values in those groups whose targets can be imported without Lightning, which takes seconds.
+
+    What is missing, or known to the program alone, is told where a part is built.
+    """
+    from torch import Tensor, nn, optim
+
+    kinds: dict[str, type] = {"model": nn.Module, "likelihood": nn.Module, "sampler": Tensor}
+    kinds |= {"optimizer": optim.Optimizer, "scheduler": optim.lr_scheduler.LRScheduler}
+    for group, kind in kinds.items():
+        match settings.get(group):
+            case {"_target_": str(target), **values}:
+                check_values(group, resolve(target, kind), values)
 
 
 def fits(value: Any, hint: Any) -> bool:

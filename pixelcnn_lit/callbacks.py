@@ -20,7 +20,7 @@ from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import chosen_threads
 from pixelcnn_lit.pictures import grid, save
-from pixelcnn_lit.run_dir import shown
+from pixelcnn_lit.run_dir import seconds_so_far, shown
 from pixelcnn_lit.runs import last_checkpoint
 from pixelcnn_lit.samplers import refuse_steering
 from pixelcnn_lit.signals import Stopped, stop_if_noted
@@ -62,7 +62,8 @@ class SampleGrid(Callback):
     def draw(self, trainer: L.Trainer, model: DensityModel) -> Path:
         """Draw with `model` on the training device; returns the PNG's path. Raises Stopped once a signal is noted."""
         model = model.to(trainer.strategy.root_device)
-        images = model.draw(self.sampler, threads=self.threads, watch=lambda images: stop_if_noted())
+        own = {"watch": lambda images: stop_if_noted(), "progress": trainer.progress_bar_callback is not None}
+        images = model.draw(self.sampler, threads=self.threads, **own)
         return self._show(trainer, "samples", grid(images, model.levels))
 
     @staticmethod
@@ -75,17 +76,17 @@ class SampleGrid(Callback):
 
 
 class Stopwatch(Callback):
-    """Seconds and images of training proper, without validation and sample grids, and the seconds of all.
+    """Seconds and images of training proper, without validation and sample grids, and all seconds of the command.
 
     A run that goes on adds to those it was cut off with.
     """
 
     def __init__(self) -> None:
-        self.seconds, self.images, self._before, self._began = 0.0, 0, 0.0, time.perf_counter()
+        self.seconds, self.images, self._before = 0.0, 0, 0.0
 
     @property
     def all_seconds(self) -> float:
-        return self._before + time.perf_counter() - self._began
+        return self._before + seconds_so_far()
 
     @property
     def images_per_second(self) -> float:

@@ -19,8 +19,7 @@ from pixelcnn_lit.budget import MemoryBudget
 from pixelcnn_lit.errors import UserError, first_line
 from pixelcnn_lit.files import whole
 from pixelcnn_lit.rounding import restored
-
-WEIGHTS = Path(__file__).parent / "weights"  # those that the package brings along; README.md there tells of each
+from pixelcnn_lit.runs import checkpoint_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -72,16 +71,12 @@ def _size(checkpoint: dict[str, Any]) -> int:
 def read_checkpoint(path: str) -> dict[str, Any]:
     """The plain dict in a .ckpt or .safetensors file, with at least `hyper_parameters` and `state_dict`.
 
-    The name of pretrained weights, of those in pixelcnn_lit/weights, stands for their file.
+    Whatever else may stand for the file does: see `runs.checkpoint_file`.
 
     Nothing in the file can run code, and a flipped bit is noticed: a .ckpt is a zip archive, whose checksums are
     verified first; a .safetensors file of `write_weights` holds the SHA-256 of its contents. Raises UserError.
     """
-    pretrained = {file.stem: str(file) for file in WEIGHTS.glob("*.safetensors")}
-    path = pretrained.get(path, path)
-    if not Path(path).is_file():
-        known = ", ".join(["the path of a .ckpt or .safetensors", *sorted(pretrained)])
-        raise UserError(f"ckpt={path}: no such file; type {known}")
+    path = str(checkpoint_file(path))
     try:
         content = _read_weights(path) if path.endswith(".safetensors") else _read_archive(path)
     except UserError:

@@ -39,6 +39,7 @@ from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel
 from pixelcnn_lit.machine import MOST_THREADS, on_threads
 from pixelcnn_lit.samplers import Conditioned, Pick, evaluating, walk
+from pixelcnn_lit.terminal import progress
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS promises no order of sums
 
@@ -199,7 +200,7 @@ def class_bits(model: DensityModel) -> float:
 
 def _bar(images: int, model: DensityModel, what: str) -> tqdm:
     pixels = images * math.prod(model.image_shape[1:])
-    return tqdm(total=pixels, unit=" pixels", unit_scale=True, desc=what, disable=None, leave=False)
+    return progress(total=pixels, unit=" pixels", unit_scale=True, desc=what)
 
 
 def _walk(model: DensityModel, y: Tensor, canvas: Tensor, pick: Pick, threads: int, bar: tqdm) -> None:

@@ -21,7 +21,6 @@ from pixelcnn_lit.lit import DensityModel, bits, load
 from pixelcnn_lit.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.pictures import grid, read_png, save
 from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.samplers import require_known
 
 
 def main(
@@ -29,7 +28,7 @@ def main(
     keep: Literal["top_half", "bottom_half", "left_half", "right_half"] | None,
     keep_mask: str | None,
     image: str | None,
-    label: int | None,
+    label: int | str | None,
     n_images: Annotated[int, Range(1)],
     dataset: dict[str, Any],
     sampler: dict[str, Any],
@@ -123,9 +122,9 @@ def read_mask(path: str, model: DensityModel) -> Tensor:
     return mask.float().mean(0) >= 128
 
 
-def known_class(label: int | None, model: DensityModel) -> list[int]:
-    if label is None and len(model.classes) > 1:
-        raise UserError("label is missing; type label=0 or another class of the image")
-    asked = [model.classes[0] if label is None else label]
-    require_known(f"label={label}", asked, model.known_classes)
-    return asked
+def known_class(label: int | str | None, model: DensityModel) -> list[int]:
+    if label is not None:
+        return model.numbers_of(f"label={label}", [label])
+    if len(model.classes) > 1:
+        raise UserError(f"label is missing; type label={model.hparams['class_names'][0]} or another class of the image")
+    return model.classes

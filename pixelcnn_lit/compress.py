@@ -25,6 +25,7 @@ from pixelcnn_lit.lit import DensityModel, load
 from pixelcnn_lit.machine import Threads, best_device, say_threads, take_threads
 from pixelcnn_lit.pictures import as_it_is, read_png
 from pixelcnn_lit.run_dir import shown
+from pixelcnn_lit.terminal import progress
 
 SPLITS = ("train", "validation", "test")
 
@@ -87,7 +88,7 @@ def read_folder(path: str, n_images: int | None, classes: list[int]) -> tuple[Te
         with Image.open(file) as image:
             if "A" in image.getbands() or "transparency" in image.info:
                 raise UserError(f"{file}: is transparent, which would be lost; save it without")
-    x = [read_png(file) for file in files]
+    x = [read_png(file) for file in progress(files, desc="reading")]
     if len({image.shape for image in x}) > 1:
         raise UserError(f"images={path}: of different sizes; make them one size")
     folders = [file.parent.name for file in files]
@@ -112,12 +113,14 @@ def read_npz(path: str, n_images: int | None) -> tuple[Tensor, Tensor | None]:
 def report(model: DensityModel, images: Split, size: int, model_bits: float, class_bits: float) -> str:
     """Bits per dimension, and what other formats take."""
     dims, ideal = len(images) * model.dims, model_bits + class_bits
+    png = [encoded(image, "PNG", optimize=True) for image in progress(images.x, desc="as PNG")]
+    webp = [encoded(image, "WEBP", lossless=True, quality=100) for image in progress(images.x, desc="as WebP")]
     lines = {
         "file": 8 * size,
         "model": model_bits,
         "classes": class_bits,
-        "PNG, a file an image": 8 * sum(encoded(image, "PNG", optimize=True) for image in images.x),
-        "WebP lossless, likewise": 8 * sum(encoded(image, "WEBP", lossless=True, quality=100) for image in images.x),
+        "PNG, a file an image": 8 * sum(png),
+        "WebP lossless, likewise": 8 * sum(webp),
     }
     rows = [f"{name:>24}  {bits / dims:.4f} bits per dimension" for name, bits in lines.items()]
     return "\n".join([*rows, f"{'overhead':>24}  {8 * size / ideal - 1:.3%} over model and classes"])

@@ -16,6 +16,7 @@ from pixelcnn_lit.lit import load
 from pixelcnn_lit.machine import Threads, best_device, say_threads, take_threads
 from pixelcnn_lit.pictures import as_it_is
 from pixelcnn_lit.run_dir import shown
+from pixelcnn_lit.terminal import progress
 
 
 def main(ckpt: str, file: str, out: str, threads: Threads) -> None:
@@ -35,7 +36,7 @@ def main(ckpt: str, file: str, out: str, threads: Threads) -> None:
         with whole(Path(out)) as target:
             np.savez(target, images=images.x.permute(0, 2, 3, 1).numpy(), labels=images.y.numpy())
     else:
-        for n, (image, label) in enumerate(zip(images.x, images.y.tolist(), strict=True)):
+        for n, (image, label) in enumerate(zip(progress(images.x, desc="writing"), images.y.tolist(), strict=True)):
             path = Path(out) / str(label) / f"{n:06}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             as_it_is(image).save(path)

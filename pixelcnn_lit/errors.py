@@ -2,8 +2,11 @@
 
 import difflib
 import errno
+import re
+import shlex
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -11,21 +14,26 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import DictConfig
 from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
+    InterpolationKeyError,
     InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+
+from pixelcnn_lit.terminal import quoted, read
 
 
 class UserError(Exception):
     """A mistake the user can mend; its text is the one line to show, whatever a damaged file put into it."""
 
     def __init__(self, text: str) -> None:
-        super().__init__("".join(c if c.isprintable() else " " for c in text))
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    """A text as one line, with a space for each control character."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def closest(word: str, words: Iterable[str]) -> str:
@@ -35,28 +43,63 @@ def closest(word: str, words: Iterable[str]) -> str:
     return (f"did you mean {near[0]}? " if near else "") + "choose from: " + ", ".join(known)
 
 
+def meant(key: str, settings: Mapping[str, Any]) -> list[str]:
+    """Those of all `settings` that may be meant by an unknown key."""
+    likeness = {name: _likeness(key, name) for name in _names(settings, nested="." in key)}
+    nearest = max(likeness.values(), default=(0.0, 0.0))
+    return [name for name, own in likeness.items() if own == nearest >= (0.7, 0.0)]
+
+
+def _names(settings: Mapping[str, Any], nested: bool, inside: str = "") -> Iterator[str]:
+    """The groups, those that are `nested` in others if wanted, and all that is set in them, with dots."""
+    for key, value in settings.items():
+        group = isinstance(value, Mapping)
+        if nested or not (group and inside):
+            yield inside + key
+        if group:
+            yield from _names(value, nested, f"{inside}{key}.")
+
+
+def _likeness(key: str, name: str) -> tuple[float, float]:
+    """How like one setting is to another: their last parts, which people remember, and of those alike the whole."""
+    last, name_last = (dotted.rpartition(".")[2] for dotted in (key, name))
+    return _ratio(last, name_last), _ratio(key, name) if "." in key else 0.0
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
 def first_line(error: BaseException) -> str:
     """An error of other people's code, short enough to stand inside a line of ours."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def explain(error: BaseException | None) -> str | None:
-    """One line for an error that the user can mend, or None for a fault of the program."""
+def explain(error: BaseException | None, settings: Callable[[], Mapping[str, Any]] = dict) -> str | None:
+    """One line for an error that the user can mend, or None for a fault of the program.
+
+    `settings()` are all of the command, among which one may be meant that was typed wrong.
+    """
     match error:
         case UserError():
             return str(error)
         case MissingConfigException():
             return _missing_config(error)
-        case ConfigCompositionException() if isinstance(error.__cause__, (ConfigKeyError, ConfigAttributeError)):
-            return _unknown_key(error.__cause__)
         case InstantiationException() if isinstance(error.__cause__, UserError):
             return str(error.__cause__)
         case InterpolationResolutionError() if line := explain(_first(error)):
             return line
         case MissingMandatoryValue():
-            return f"{error.full_key} is missing; type {error.full_key}=..."
+            key = error.full_key or str(error).rpartition(" ")[2]  # in an interpolation it is named by the text alone
+            return f"{key} is missing; type {key}=..."
+        case InterpolationKeyError():
+            return f"{first_line(error)}; where ${{ stands for itself, type \\${{ in quotes"
         case OverrideParseException():
-            return f"{error.override}: not an override; type key=value"
+            return _not_an_override(error.override, settings())
+        case ConfigCompositionException() if unknown := re.match(_UNKNOWN, str(error)):
+            return _no_such_setting(unknown["key"], settings())
+        case ConfigCompositionException() if sweep := re.match(_SWEEP, str(error), re.DOTALL):
+            return _not_one_value(sweep)
         case ConfigCompositionException() | InstantiationException() | OmegaConfBaseException():
             return " ".join(str(error).split())
         case Exception() if _is(error, "MisconfigurationException"):
@@ -97,7 +140,45 @@ def _missing_config(error: MissingConfigException) -> str:
     return f"{group}={choice}: there is no such {group}; {closest(choice, error.options or [])}"
 
 
-def _unknown_key(error: OmegaConfBaseException) -> str:
-    parent = error.parent_node
-    siblings = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
-    return f"{error.full_key}: there is no such setting; {closest(str(error.key), siblings)}"
+_UNKNOWN = r"(Could not override|Could not delete from config\.) '(?P<key>(?!hydra\b)[^'@]+)'"
+
+
+def _no_such_setting(key: str, settings: Mapping[str, Any]) -> str:
+    if likely := meant(key, settings):
+        return f"{key}: there is no such setting; did you mean {' or '.join(likely)}?"
+    *group, last = key.split(".")
+    beside: Any = settings
+    for part in group:
+        beside = beside.get(part) if isinstance(beside, Mapping) else None
+    return f"{key}: there is no such setting; {closest(last, beside if isinstance(beside, Mapping) else settings)}"
+
+
+def _not_an_override(override: str, settings: Mapping[str, Any]) -> str:
+    key, sign, value = override.partition("=")
+    if not sign:
+        likely = [f"{name}=..." for name in meant(key, settings)]
+        return f"{override}: not an override; type {' or '.join(likely) or 'key=value'}"
+    if read(f"{key}={quoted(value)}") != value:
+        return f"{override}: not an override; type key=value"
+    if value[:1] + value[-1:] in ("[]", "{}"):
+        example = shlex.quote(f"{key}=[{quoted('a=b')}]")
+        return printable(f"{override}: cannot be read; type the texts in it in quotes, as in {example}")
+    return printable(f"{override}: cannot be read without quotes; type {_in_quotes(key, value)}")
+
+
+_SWEEP = (
+    r"(?P<list>Ambiguous value for argument|Sweep parameters) '(?P<override>.*?)'(\n1\. To use| requires --multirun)"
+)
+
+
+def _not_one_value(sweep: re.Match[str]) -> str:
+    override = sweep["override"]
+    key, _, value = override.partition("=")
+    ways = [f"{key}=[{value}] for a list"] if sweep["list"].startswith("Ambiguous") else []
+    ways += [f"{_in_quotes(key, value)} for one text", "-m too for a sweep"]
+    return printable(f"{override}: is it several values? type {', '.join(ways)}")
+
+
+def _in_quotes(key: str, text: str) -> str:
+    """A setting as it is typed into a shell, its value in quotes for Hydra, too."""
+    return shlex.quote(f"{key}={quoted(text)}")

@@ -30,7 +30,7 @@ def whole(target: Path) -> Iterator[IO[bytes]]:
 def write_text(target: Path, text: str) -> None:
     """`text` and a newline as the file `target`, whole or not at all."""
     with whole(target) as file:
-        file.write(f"{text}\n".encode())
+        file.write(f"{text}\n".encode(errors="backslashreplace"))  # a path may hold bytes that are no text
 
 
 def sweep(directory: Path) -> None:

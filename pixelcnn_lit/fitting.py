@@ -35,6 +35,7 @@ from pixelcnn_lit.resume import Streams
 from pixelcnn_lit.run_dir import run_dir, shown
 from pixelcnn_lit.runs import CONFIG, alone_in, last_checkpoint, saved_settings, starting_point, typed_settings
 from pixelcnn_lit.signals import Stopped
+from pixelcnn_lit.terminal import setting
 from pixelcnn_lit.trainer import make_trainer, require_batches, settle_threads
 
 
@@ -45,7 +46,7 @@ def start_or_go_on(
 
     A run that goes on does so with its own settings. See `runs` for `ckpt`.
     """
-    directory, typed = run_dir(), typed_settings(HydraConfig.get().overrides.task)
+    directory, typed = run_dir(), typed_settings()
     if skip_completed and completed(directory, typed):
         print(f"{shown(directory)}: completed before, left alone")
         return
@@ -64,17 +65,19 @@ def completed(directory: Path, typed: list[str]) -> bool:
     """Whether the very run that is typed has left its result."""
     if not (directory / "result.json").is_file():
         return False
-    before = json.loads((directory / "result.json").read_text())["overrides"]
+    before = json.loads((directory / "result.json").read_bytes())["overrides"]
     if set(before) != set(typed):
-        raise UserError(f"run_dir={shown(directory)}: completed with {' '.join(before)}; type that, or another run_dir")
+        raise UserError(
+            f"run_dir={shown(directory)}: completed with {shlex.join(before)}; type that, or another run_dir"
+        )
     return True
 
 
 @rank_zero_only
 def say_how_to_go_on(directory: Path) -> None:
     if last_checkpoint(directory).is_file():
-        command, run = HydraConfig.get().job.config_name, shlex.quote(f"run_dir={shown(directory)}")
-        print(f"stopped; to go on, type: python -m pixelcnn_lit.{command} {run} ckpt=last")
+        module, run = f"pixelcnn_lit.{HydraConfig.get().job.config_name}", setting("run_dir", shown(directory))
+        print("stopped; to go on, type:", shlex.join(["python", "-m", module, run, "ckpt=last"]))
     else:
         print("stopped; nothing was saved yet")
 
@@ -152,6 +155,13 @@ def build_callback(name: str, config: dict[str, Any]) -> Callback:
     if type(built) in unfit:
         raise UserError(f"callbacks.{name}: {type(built).__name__} {unfit[type(built)]}")
     return built
+
+
+def write_result(directory: Path, result: dict[str, Any], stopwatch: Stopwatch) -> dict[str, Any]:
+    """Leave result.json, with the seconds so far; returns what is in it."""
+    result = {**result, "seconds": stopwatch.all_seconds}
+    write_text(directory / "result.json", json.dumps(result, indent=2))
+    return result
 
 
 class Begun(Callback):

@@ -13,5 +13,7 @@ def launch(name: str) -> None:
     """
     exit_on_signals()
     from pixelcnn_lit.command import run
+    from pixelcnn_lit.terminal import print_what_can_be_printed
 
+    print_what_can_be_printed()
     sys.exit(run(name))

@@ -128,6 +128,19 @@ class DensityModel(L.LightningModule):
             return [self.num_classes]
         return list(range(self.num_classes + (self.label_dropout > 0)))
 
+    def numbers_of(self, setting: str, classes: list[int | str]) -> list[int]:
+        """The numbers of classes that a `setting` asks for, by name or, where none has that name, by number.
+
+        Raises UserError unless the model was trained on them.
+        """
+        names = self.hparams["class_names"]
+        numbers: list[Any] = [names.index(str(one)) if str(one) in names else one for one in classes]
+        if not numbers or not set(numbers) <= set(self.known_classes):
+            called = {n: name if name == str(n) else f"{name} ({n})" for n, name in enumerate(names)}
+            known = ", ".join(called.get(n, f"no class ({n})") for n in self.known_classes)
+            raise UserError(f"{setting}: this model was trained on {known if self.knows_classes else 'no classes'}")
+        return numbers
+
     def nats(self, x: Tensor, y: Tensor) -> Tensor:
         """-log p(x | y) of uint8 [B,C,H,W] and int64 [B], in nats an image [B]."""
         return -self.likelihood.log_prob(self.net(x, y), x).sum((1, 2, 3))

@@ -10,11 +10,12 @@ from filelock import FileLock, Timeout
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf, open_dict
 
 from pixelcnn_lit.errors import UserError, first_line
-from pixelcnn_lit.run_dir import new_dir, shown
+from pixelcnn_lit.run_dir import expanded, new_dir, shown, typed
 
+WEIGHTS = Path(__file__).parent / "weights"  # those that the package brings along; README.md there tells of each
 CONFIG = "config.yaml"  # beside the checkpoints: all settings of the run
 CONTROLS = ("run_dir", "ckpt", "skip_completed", "debug")  # are typed for one command, and are no settings of the run
 CHANGEABLE = ("trainer", "callbacks", "dataset.root", "dataset.path", "threads")  # when it goes on
@@ -26,13 +27,33 @@ def run_of(ckpt: str | None, parent: str) -> str:
         return new_dir(parent)
     if ckpt == "last":
         raise UserError("ckpt=last: of which run? type run_dir=DIRECTORY too")
-    directory = Path(str(ckpt)).parent.parent
-    if not Path(str(ckpt)).is_file() or not (directory / CONFIG).is_file():
-        raise UserError(f"ckpt={ckpt}: no checkpoint inside the directory of a run; type RUN_DIR/checkpoints/last.ckpt")
+    path = Path(expanded(str(ckpt)))
+    directory = path if path.is_dir() else path.parent.parent
+    if not path.exists() or not (directory / CONFIG).is_file():
+        raise UserError(
+            f"ckpt={ckpt}: no run, and no checkpoint of one; type RUN_DIR, or RUN_DIR/checkpoints/last.ckpt"
+        )
     return str(directory)
 
 
 OmegaConf.register_new_resolver("run_of", run_of, use_cache=True, replace=True)
+
+
+def checkpoint_file(ckpt: str, setting: str = "ckpt") -> Path:
+    """The file that `ckpt` names: a path, the name of weights that the package brings along, or the directory of a run.
+
+    Of a run it is the checkpoint best on validation. Raises UserError where there is no such file.
+    """
+    pretrained = {file.stem: file for file in WEIGHTS.glob("*.safetensors") if setting == "ckpt"}
+    known = ", ".join(["the path of a .ckpt or .safetensors, a RUN_DIR", *sorted(pretrained)])
+    if ckpt == MISSING:
+        raise UserError(f"{setting} is missing; type {setting}= and {known}")
+    path = pretrained.get(ckpt, Path(ckpt))
+    best = path / "checkpoints" / "best.ckpt"
+    if path.is_file() or best.is_file():
+        return path if path.is_file() else best
+    wrong = "no checkpoints/best.ckpt in it" if path.is_dir() else "no such file"
+    raise UserError(f"{setting}={ckpt}: {wrong}; type {known}")
 
 
 def last_checkpoint(directory: Path) -> Path:
@@ -41,21 +62,22 @@ def last_checkpoint(directory: Path) -> Path:
 
 def starting_point(directory: Path, ckpt: str | None, or_anew: bool) -> Path | None:
     """The checkpoint to go on from in `directory`, or None to start; `or_anew` takes what there is."""
-    if ckpt in (None, "last"):
-        last = last_checkpoint(directory)
-        if last.is_file() and (ckpt or or_anew or "SLURM_RESTART_COUNT" in os.environ):
-            return last
-        if ckpt:
-            raise UserError(f"run_dir={shown(directory)}: nothing was saved there yet; leave out ckpt=last")
-        if last.is_file():
-            raise UserError(f"run_dir={shown(directory)}: holds a run; type ckpt=last to go on, or another run_dir")
-        return None
-    path = Path(str(ckpt))
-    if not path.is_file():
-        raise UserError(f"ckpt={ckpt}: no such file; type ckpt=last")
-    if path.absolute().parent.parent.resolve() != directory.resolve():
-        raise UserError(f"ckpt={ckpt}: of another run; leave out run_dir, or type ckpt=last")
-    return path
+    last = last_checkpoint(directory)
+    if ckpt not in (None, "last"):
+        path = Path(ckpt)
+        if not path.exists():
+            raise UserError(f"ckpt={ckpt}: no such file; type ckpt=last")
+        if (path if path.is_dir() else path.absolute().parent.parent).resolve() != directory.resolve():
+            raise UserError(f"ckpt={ckpt}: of another run; leave out run_dir, or type ckpt=last")
+        if path.is_file():
+            return path
+    if last.is_file() and (ckpt or or_anew or "SLURM_RESTART_COUNT" in os.environ):
+        return last
+    if ckpt:
+        raise UserError(f"run_dir={shown(directory)}: nothing was saved there yet; leave out ckpt")
+    if last.is_file():
+        raise UserError(f"run_dir={shown(directory)}: holds a run; type ckpt=last to go on, or another run_dir")
+    return None
 
 
 @contextlib.contextmanager
@@ -74,14 +96,14 @@ def alone_in(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def typed_settings(overrides: Sequence[str]) -> list[str]:
-    """The overrides that are settings of the run."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [text for text, o in zip(overrides, parsed, strict=True) if o.key_or_group not in CONTROLS]
+def typed_settings() -> list[str]:
+    """What was typed that is a setting of the run."""
+    parsed = OverridesParser.create().parse_overrides(typed())
+    return [text for text, o in zip(typed(), parsed, strict=True) if o.key_or_group not in CONTROLS]
 
 
-def saved_settings(directory: Path, typed: Sequence[str]) -> dict[str, Any]:
-    """The settings saved in a run's directory, with what is `typed` of those that are CHANGEABLE changed in them.
+def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
+    """The settings saved in a run's directory, with the `changes` typed of those that are CHANGEABLE made in them.
 
     What an override changes is told by composing conf/ with it and without. Raises UserError if it changes more.
     """
@@ -98,31 +120,38 @@ def saved_settings(directory: Path, typed: Sequence[str]) -> dict[str, Any]:
         for key, value in callback.items() if isinstance(callback, dict) else ():
             if value and ("path" in key or "dir" in key or (key == "filename" and "/" in str(value))):
                 raise UserError(f"{path}: callbacks.{name} would write elsewhere; remove its {key}")
-    if typed:
-        _take_over(saved, before, _composed([*saved["overrides"], *typed]))
-        saved["overrides"] += [override for override in typed if override not in saved["overrides"]]
+    if changes:
+        both = [*saved["overrides"], *changes]
+        _take_over(saved, before, _composed(both), _composed(both, resolve=True))
+        saved["overrides"] += [override for override in changes if override not in saved["overrides"]]
     return saved
 
 
-def _composed(overrides: list[str]) -> dict[str, Any]:
-    composed: Any = OmegaConf.to_container(compose(str(HydraConfig.get().job.config_name), overrides), resolve=False)
-    return {"scheduler": None} | {key: value for key, value in composed.items() if key not in CONTROLS}
+def _composed(overrides: list[str], resolve: bool = False) -> dict[str, Any]:
+    composed = compose(str(HydraConfig.get().job.config_name), overrides)
+    with open_dict(composed):
+        for key in composed.keys() & set(CONTROLS):  # `run_dir`, if it were read, would make a directory
+            del composed[key]
+    settings: Any = OmegaConf.to_container(composed, resolve=resolve)
+    return {"scheduler": None, **settings}
 
 
-def _take_over(saved: dict[str, Any], before: dict[str, Any], after: dict[str, Any], inside: str = "") -> None:
-    """Change in `saved` what differs between `before` and `after`."""
+def _take_over(
+    saved: dict[str, Any], before: dict[str, Any], after: dict[str, Any], resolved: dict[str, Any], inside: str = ""
+) -> None:
+    """Change in `saved` what differs between `before` and `after`, to what it is when `resolved`."""
     for name in sorted({**before, **after}, key=lambda name: name != "_target_"):  # another choice is named first
         key, old, new = f"{inside}{name}", before.get(name), after.get(name)
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict) and isinstance(saved.get(name), dict):
-            _take_over(saved[name], old, new, f"{key}.")
+            _take_over(saved[name], old, new, resolved[name], f"{key}.")
         elif not key.startswith(CHANGEABLE) or key in CHANGEABLE[:2]:
             raise UserError(
                 f"{key} is {old} in the run and {new} here; a run goes on with its own settings: "
                 "type trainer.*, callbacks.* and threads alone"
             )
         elif name in after:
-            saved[name] = new
+            saved[name] = resolved[name]
         else:
             saved.pop(name, None)

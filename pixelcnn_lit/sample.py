@@ -17,16 +17,19 @@ from pixelcnn_lit.lit import load
 from pixelcnn_lit.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.pictures import animate, grid, save
 from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.samplers import Pace, require_known
+from pixelcnn_lit.samplers import Pace
 
 FRAMES = 60
 
 
-def main(ckpt: str, classes: list[int] | None, sampler: dict[str, Any], gif: bool, threads: Threads) -> None:
+def main(
+    ckpt: str, classes: int | str | list[int | str] | None, sampler: dict[str, Any], gif: bool, threads: Threads
+) -> None:
     threads = take_threads(threads)
     model = load(ckpt).to(best_device())
-    asked = model.classes if classes is None else classes
-    require_known(f"classes={asked}", asked, model.known_classes)
+    asked = model.classes
+    if classes is not None:
+        asked = model.numbers_of(f"classes={classes}", classes if isinstance(classes, list) else [classes])
     directory, filling, pace = run_dir(), Filling(), Pace()
     processes = 1 if gif else processes_of(threads)
     say_threads(model.device, threads, processes)

@@ -28,6 +28,7 @@ from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.fronts import Front, fronts
 from pixelcnn_lit.machine import on_threads
 from pixelcnn_lit.noise import uniform
+from pixelcnn_lit.terminal import progress
 from pixelcnn_lit.workers import share
 
 Pick = Callable[..., Tensor]
@@ -421,7 +422,7 @@ def _drawn(drawing: Drawing, image_shape: tuple[int, ...], threads: int, batch: 
 
 def _bar(canvas: Tensor, request: Request) -> tqdm:
     hidden = None if request.progress else True  # None: hidden unless on a terminal
-    return tqdm(total=canvas[:, 0].numel(), unit=" pixels", unit_scale=True, disable=hidden, leave=False)
+    return progress(total=canvas[:, 0].numel(), unit=" pixels", unit_scale=True, desc="drawing", disable=hidden)
 
 
 def _watched(bar: tqdm, batch: int, watch: Callable[[Tensor], None] | None, images: Tensor, pixels: int) -> None:

@@ -4,10 +4,8 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import lightning as L
-from lightning.pytorch.callbacks import Timer
 from torch import nn, optim
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
@@ -15,9 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from pixelcnn_lit.build import Range, build, inspect_config, resolve
 from pixelcnn_lit.errors import UserError
 
+if TYPE_CHECKING:
+    import lightning as L
+
 
 def optimization(
-    module: L.LightningModule, optimizer: dict[str, Any], scheduler: dict[str, Any] | None, monitor: str
+    module: "L.LightningModule", optimizer: dict[str, Any], scheduler: dict[str, Any] | None, monitor: str
 ) -> dict[str, Any]:
     """What a module's `configure_optimizers` returns, from the configs of optimizer and scheduler.
 
@@ -55,25 +56,29 @@ def refuse_unfit(config: dict[str, Any], module: nn.Module) -> None:
         raise UserError(f"optimizer._target_={config['_target_']}: {unfit[optimizer]}")
 
 
-def _total_steps(trainer: L.Trainer) -> int:
+def _total_steps(trainer: "L.Trainer") -> int:
     steps = trainer.estimated_stepping_batches
-    if steps == math.inf and not _timers(trainer):
+    if steps == math.inf and not timers(trainer):
         raise UserError(
             "this scheduler must know where a run ends; type trainer.max_epochs, trainer.max_steps or trainer.max_time"
         )
     return int(min(steps, 10**9))  # a run that ends by the time alone never gets there
 
 
-def _timers(trainer: L.Trainer) -> list[tuple[float, float]]:
+def timers(trainer: "L.Trainer") -> list[tuple[float, float]]:
     """Seconds over and seconds left by each clock that ends the run: that of trainer.max_time, if any."""
+    from lightning.pytorch.callbacks import (
+        Timer,
+    )  # not above: the settings of a scheduler are checked without Lightning
+
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     timers = [callback for callback in callbacks if isinstance(callback, Timer)]
     return [(timer.time_elapsed(), left) for timer in timers if (left := timer.time_remaining()) is not None]
 
 
-def _time_share(trainer: L.Trainer) -> float:
+def _time_share(trainer: "L.Trainer") -> float:
     """How much of trainer.max_time is over; 0 without one. Every process gets the first one's."""
-    shares = [over / max(over + left, 1e-9) for over, left in _timers(trainer)]
+    shares = [over / max(over + left, 1e-9) for over, left in timers(trainer)]
     return trainer.strategy.broadcast(max(shares)) if shares else 0.0
 
 

@@ -1,6 +1,7 @@
 """The table of a sweep, best first: python -m pixelcnn_lit.summarize DIRECTORY"""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pixelcnn_lit.runs import CONFIG
+from pixelcnn_lit.terminal import print_what_can_be_printed
 
 FIGURES = ("bpd", "accuracy")  # of density models, of classifiers
 COLUMNS = ("n_params", "images_per_second", "seconds")
 
 
 def main() -> None:
+    print_what_can_be_printed()
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit("error: type python -m pixelcnn_lit.summarize DIRECTORY, the directory of a sweep (or of many runs)")
     jobs = sorted(
@@ -21,12 +24,12 @@ def main() -> None:
     )
     if not jobs:
         sys.exit(f"error: {sys.argv[1]}: no runs in it")
-    done = {job: json.loads((job / "result.json").read_text()) for job in jobs if (job / "result.json").is_file()}
+    done = {job: json.loads((job / "result.json").read_bytes()) for job in jobs if (job / "result.json").is_file()}
     for figure in FIGURES:
         _table({job: result for job, result in done.items() if f"val/{figure}" in result}, figure)
     for job in jobs:
         if job not in done:
-            overrides = " ".join(_typed(job))
+            overrides = shlex.join(_typed(job))
             print(f"{'failed':>19}  {job}: {overrides}\n{'':>19}  {_reason(job)}")
 
 
@@ -40,7 +43,7 @@ def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
         if result["label"] != label:  # figures of different images do not compare
             print(label := result["label"])
         cells = (_cell(result[column]) for column in columns)
-        print(*(f"{cell:>19}" for cell in cells), f"  {job}: {' '.join(result['overrides'])}", sep="")
+        print(*(f"{cell:>19}" for cell in cells), f"  {job}: {shlex.join(result['overrides'])}", sep="")
 
 
 def _trains(job: Path) -> bool:
@@ -50,9 +53,9 @@ def _trains(job: Path) -> bool:
 
 def _typed(job: Path) -> list[str]:
     """A run that began has its overrides in its settings; one that was refused only where Hydra put them."""
-    if (job / CONFIG).is_file():
-        return list(OmegaConf.load(job / CONFIG).overrides)
-    return list(OmegaConf.load(job / "hydra" / "overrides.yaml"))
+    began = (job / CONFIG).is_file()
+    left: Any = OmegaConf.to_container(OmegaConf.load(job / CONFIG if began else job / "hydra" / "overrides.yaml"))
+    return left["overrides"] if began else left
 
 
 def _cell(value: Any) -> str:
@@ -62,7 +65,7 @@ def _cell(value: Any) -> str:
 def _reason(job: Path) -> str:
     error = job / "error.txt"
     return (
-        error.read_text().strip()
+        error.read_text(encoding="utf-8").strip()
         if error.is_file()
         else "it left neither result.json nor error.txt: cut off, or running"
     )

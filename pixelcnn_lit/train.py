@@ -5,8 +5,8 @@ from pixelcnn_lit.launch import launch
 if __name__ == "__main__":
     launch("train")
 
-import json
 import math
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +16,7 @@ from pixelcnn_lit.build import Range, check
 from pixelcnn_lit.callbacks import SampleGrid, Stopwatch
 from pixelcnn_lit.checkpoints import read_checkpoint
 from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
-from pixelcnn_lit.files import write_text
-from pixelcnn_lit.fitting import fit, start_or_go_on
+from pixelcnn_lit.fitting import fit, start_or_go_on, write_result
 from pixelcnn_lit.lit import DensityModel, load
 from pixelcnn_lit.machine import Threads, take_threads
 from pixelcnn_lit.run_dir import shown
@@ -55,10 +54,10 @@ def train(
     fitter.test(best, data, verbose=False)
     if fitter.is_global_zero:
         result = summary(fitter, checkpoint, best, data, stopwatch)
-        result |= {"n_params": n_params, "overrides": overrides, "seconds": stopwatch.all_seconds}
-        write_text(directory / "result.json", json.dumps(result, indent=2))
+        result |= {"n_params": n_params, "overrides": overrides}
+        write_result(directory, result, stopwatch)  # before drawing, which takes its time
         grids = [callback.draw(fitter, load(checkpoint)) for callback in extras if isinstance(callback, SampleGrid)]
-        print(closing_lines(result, directory, grids))
+        print(closing_lines(write_result(directory, result, stopwatch), directory, grids))
 
 
 def summary(
@@ -92,6 +91,6 @@ def closing_lines(result: dict[str, Any], directory: Path, grids: list[Path]) ->
         f"{result['seconds']:.0f} s in all",
         f"best checkpoint: {shown(result['checkpoint'])}",
         *(f"its samples:     {shown(path)}" for path in grids),
-        f"look at it:      tensorboard --logdir {shown(directory)}",
+        f"look at it:      {shlex.join(['tensorboard', '--logdir', shown(directory)])}",
     ]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from pixelcnn_lit.launch import launch
 if __name__ == "__main__":
     launch("train_classifier")
 
-import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,7 @@ from pixelcnn_lit.classifiers.pictures import show_confusion
 from pixelcnn_lit.data.images import channel_statistics
 from pixelcnn_lit.data.module import image_data
 from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.files import write_text
-from pixelcnn_lit.fitting import fit, start_or_go_on
+from pixelcnn_lit.fitting import fit, start_or_go_on, write_result
 from pixelcnn_lit.machine import Threads, take_threads
 from pixelcnn_lit.run_dir import shown
 
@@ -71,14 +70,12 @@ def train(
         "epochs": fitter.current_epoch,
         "steps": fitter.global_step,
         "images_per_second": fitted.stopwatch.images_per_second,
-        "seconds": fitted.stopwatch.all_seconds,
         "precision": fitter.precision,
         "checkpoint": fitted.best_checkpoint,
         "overrides": overrides,
     }
-    write_text(directory / "result.json", json.dumps(result, indent=2))
     picture = show_confusion(best.counted, data.class_names, directory / "confusion.png", fitter)
-    print(closing_lines(result, directory, picture))
+    print(closing_lines(write_result(directory, result, fitted.stopwatch), directory, picture))
 
 
 def closing_lines(result: dict[str, Any], directory: Path, picture: Path) -> str:
@@ -91,5 +88,5 @@ def closing_lines(result: dict[str, Any], directory: Path, picture: Path) -> str
         f"{result['seconds']:.0f} s in all",
         f"best checkpoint: {shown(result['checkpoint'])}",
         f"confusions:      {shown(picture)}",
-        f"look at it:      tensorboard --logdir {shown(directory)}",
+        f"look at it:      {shlex.join(['tensorboard', '--logdir', shown(directory)])}",
     ])  # fmt: skip

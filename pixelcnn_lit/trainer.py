@@ -5,12 +5,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from pixelcnn_lit.build import check
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.machine import fast_bf16, say_threads, take_threads
+from pixelcnn_lit.schedulers import timers
 
 
 class EndWaitingProcesses(Callback):
@@ -42,6 +44,8 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
         settings["precision"] = "bf16-mixed" if fast_bf16(settings.get("accelerator", "auto")) else "32-true"
     if settings.get("enable_progress_bar") is None:
         settings["enable_progress_bar"] = sys.stdout.isatty()
+    if settings["enable_progress_bar"] and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        callbacks = [*callbacks, TimedProgressBar()]
     own = {**extra, "use_distributed_sampler": False, "enable_model_summary": False, "barebones": False}
     own["callbacks"] = [*callbacks, EndWaitingProcesses()]
     for key in own.keys() & settings.keys():
@@ -107,6 +111,21 @@ def require_batches(trainer: L.Trainer, name: str, n_images: int, batch_size: in
         overfits = name == "val" and trainer.overfit_batches  # pyright: ignore[reportAttributeAccessIssue]
         flag = "overfit_batches" if overfits else f"limit_{name}_batches"
         raise UserError(f"trainer.{flag}={limit:g}: leaves none of {batches} batches to score; type 1.0 or a number")
+
+
+class TimedProgressBar(TQDMProgressBar):
+    """Lightning's bars; where trainer.max_time ends the run, the time to go is that of the clock, not of the epoch."""
+
+    def init_train_tqdm(self) -> Any:
+        bar = super().init_train_tqdm()
+        if timers(self.trainer):
+            bar.bar_format = self.BAR_FORMAT.replace("<{remaining}", "")
+        return bar
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict]:
+        left = [round(seconds) for _, seconds in timers(trainer)]
+        clock = {"left": str(timedelta(seconds=min(left)))} if left else {}
+        return clock | super().get_metrics(trainer, pl_module)
 
 
 def share_buffers(trainer: L.Trainer, net: nn.Module) -> None:

@@ -172,7 +172,7 @@ def test_mistakes_get_one_line(judge_run, tmp_path):
     said = refused("train_classifier", *TINY, "classifier=cnn", f"run_dir={tmp_path}/a")
     assert "wants images of 16×16 and more; type classifier=resnet" in said
     said = refused("train_classifier", "classifier.wdth=3", f"run_dir={tmp_path}/b")
-    assert "did you mean width?" in said
+    assert "did you mean classifier.width?" in said
     said = refused("evaluate", f"ckpt={ckpt}", f"run_dir={tmp_path}/c")
     assert "not a checkpoint of this program's density models" in said
     said = refused("judge", "ckpt=mnist", f"classifier_ckpt={ckpt}", f"run_dir={tmp_path}/d")

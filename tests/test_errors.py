@@ -1,7 +1,9 @@
 """A user's mistake gets one line that says what to type, exit code 1 or 2, and no traceback."""
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -10,10 +12,14 @@ from typing import Annotated
 import pytest
 import torch
 from helpers import TINY, command, one_run, save_npz
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
 
+import pixelcnn_lit.command
 from pixelcnn_lit.build import Range, fits, resolve
-from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.command import CONF
+from pixelcnn_lit.errors import UserError, explain
 
 
 @pytest.fixture
@@ -46,8 +52,11 @@ ONE_STEP = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.
 
 TYPOS = [
     ("dataset=foo", "there is no such dataset; choose from: cifar10, digits"),
-    ("model.n_residul=3", "there is no such setting; did you mean n_residual?"),
-    ("modle.n_residual=3", "there is no such setting; did you mean model?"),
+    ("model.n_residul=3", "there is no such setting; did you mean model.n_residual?"),
+    ("modle.n_residual=3", "there is no such setting; did you mean model.n_residual?"),
+    ("n_residual=3", "n_residual: there is no such setting; did you mean model.n_residual?"),
+    ("model=pixel_attention,row_lstm n_head=1 -m", "did you mean model.n_heads?"),
+    ("~n_residual", "n_residual: there is no such setting; did you mean model.n_residual?"),
     ("model.n_residual=-1", "model.n_residual=-1: must be a whole number >= 1"),
     ("model.n_residual=abc", "model.n_residual=abc: must be a whole number >= 1"),
     ("model.n_residual=2.5", "model.n_residual=2.5: must be a whole number >= 1"),
@@ -79,10 +88,14 @@ TYPOS = [
     ("+scheduler.time_share=3", "scheduler.time_share: there is no such setting"),
     ("scheduler.hold=2", "scheduler.hold=2: must be a number >= 0 and <= 1"),
     ("model=pixel_attention model.n_heads=3", "n_heads=3: must divide"),
-    ("ckpt=3", "ckpt=3: no checkpoint inside the directory of a run"),
-    ("ckpt=missing.ckpt", "ckpt=missing.ckpt: no checkpoint inside the directory of a run"),
+    ("ckpt=3", "ckpt=3: no run, and no checkpoint of one"),
+    ("ckpt=missing.ckpt", "ckpt=missing.ckpt: no run, and no checkpoint of one; type RUN_DIR"),
+    ("ckpt=[a]", "ckpt=['a']: no run, and no checkpoint of one"),
+    ("ckpt=???", "ckpt is missing; type ckpt=..."),
+    ("run_dir=null", "run_dir=null: must be a directory"),
+    ("run_dir=${nowhere}", "Interpolation key 'nowhere' not found; where ${ stands for itself, type \\${ in quotes"),
     ("ckpt=last", "ckpt=last: of which run? type run_dir=DIRECTORY too"),
-    ("n_residual", "n_residual: not an override; type key=value"),
+    ("n_residual", "n_residual: not an override; type model.n_residual=..."),
     ("scheduler=null", "a choice cannot be null; leave it out with ~NAME"),
     ("dataset=npz", "dataset.path is missing; type dataset.path=..."),
     ("dataset=npz dataset.path=absent.npz", "dataset.path=absent.npz: no such file"),
@@ -122,6 +135,42 @@ def test_a_typo_gets_one_line(run, overrides, message):
     assert message in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1, err
+
+
+KEYS = {
+    "lr": "did you mean optimizer.lr?",
+    "model.lr": "did you mean optimizer.lr?",
+    "max_epochs": "did you mean trainer.max_epochs?",
+    "hidden_chanels": "did you mean model.hidden_channels?",
+    "batch_size": "did you mean dataset.batch_size or sampler.batch_size?",
+    "dataset.batch_sise": "did you mean dataset.batch_size?",
+    "modle": "did you mean model?",
+    "modle.n_residual": "did you mean model.n_residual?",
+    "learning_rate": "choose from: callbacks, channels_last",  # and not a monitor of it
+    "trainer.foo": "choose from: accelerator, accumulate_grad_batches",
+    "callbacks.sample": "did you mean callbacks.samples?",
+    "seed.foo": "choose from: callbacks, channels_last",
+    "model.n_residual.foo": "choose from: callbacks, channels_last",
+}
+
+
+def test_an_unknown_key_is_looked_for_in_all_groups():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train")
+        settings = OmegaConf.to_container(config)
+        for key, answer in KEYS.items():
+            with pytest.raises(ConfigCompositionException) as unknown:
+                compose("train", [f"{key}=3"])
+            line = explain(unknown.value, lambda: settings)
+            assert line.startswith(f"{key}: there is no such setting; {answer}"), line
+        for key, answer in {
+            "lr": "optimizer.lr=...",
+            "model.n_residual": "model.n_residual=...",
+            "foo": "key=value",
+        }.items():
+            with pytest.raises(OverrideParseException) as nothing:
+                compose("train", [key])
+            assert explain(nothing.value, lambda: settings) == f"{key}: not an override; type {answer}"
 
 
 @pytest.mark.parametrize("way", ["debug=true", "HYDRA_FULL_ERROR"])
@@ -183,7 +232,44 @@ def test_a_checkpoint_of_another_dataset_is_refused_with_both_values(run, checkp
 
 
 def test_a_command_without_its_checkpoint_says_what_to_type(run):
-    assert run("sample") == (1, "error: ckpt is missing; type ckpt=...\n")
+    known = "the path of a .ckpt or .safetensors, a RUN_DIR, cifar10, mnist"
+    for name in ("sample", "evaluate", "complete", "compress", "decompress", "export", "judge"):
+        assert run(name) == (1, f"error: ckpt is missing; type ckpt= and {known}\n")
+    assert run("judge", "ckpt=mnist") == (
+        1,
+        f"error: classifier_ckpt is missing; type classifier_ckpt= and {known[:46]}\n",
+    )
+    assert run("compress", "ckpt=mnist") == (1, "error: out is missing; type out=...\n")
+
+
+def test_what_torch_alone_knows_is_checked_before_lightning_is_imported(run, monkeypatch):
+    monkeypatch.setattr(pixelcnn_lit.command, "_imported", lambda name: pytest.fail("it was imported first"))
+    for name, wrong in (
+        *[("train", wrong) for wrong in ("model.n_residual=-1", "optimizer.lr=fast", "scheduler.hold=2")],
+        *[("train", wrong) for wrong in ("likelihood.colour=grey", "sampler.temperature=0")],
+        *[("sample", "ckpt=missing.ckpt"), ("judge", "classifier_ckpt=~/missing.ckpt"), ("decompress", "ckpt=runs")],
+    ):
+        code, err = run(name, *(["ckpt=mnist"] if name == "judge" else []), wrong)
+        assert (code, len(err.splitlines())) == (1, 1)
+        assert err.startswith(f"error: {wrong.replace('~', os.path.expanduser('~'))}: ")
+
+
+def test_what_is_checked_first_does_not_import_lightning():
+    """Whatever is chosen in those groups."""
+    chosen = {
+        group: list((CONF / group).glob("*.yaml"))
+        for group in ("model", "likelihood", "sampler", "optimizer", "scheduler")
+    }
+    targets = [
+        (group, re.search(r"^_target_: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+        for group in chosen
+        for path in chosen[group]
+    ]
+    parts = [{group: {"_target_": found[1]}} for group, found in targets if found]
+    assert len(parts) > 10
+    code = f"import sys; from pixelcnn_lit.build import check_parts\nfor part in {parts}: check_parts(part)\n"
+    code += "assert 'torch' in sys.modules; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
 def test_a_class_the_model_does_not_know_is_refused(run, checkpoint):
@@ -191,7 +277,6 @@ def test_a_class_the_model_does_not_know_is_refused(run, checkpoint):
         code, err = run("sample", f"ckpt={checkpoint}", f"classes={classes}")
         assert code == 1
         assert "this model was trained on 0, 1, 2" in err
-    assert "classes=3: must be a list" in run("sample", f"ckpt={checkpoint}", "classes=3")[1]
     code, err = run("evaluate", f"ckpt={checkpoint}", "split=tset")
     assert code == 1
     assert "split=tset: must be one of train, validation, test" in err

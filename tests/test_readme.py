@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pixelcnn_lit.checkpoints import WEIGHTS
 from pixelcnn_lit.command import CONF
+from pixelcnn_lit.runs import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
 
 
@@ -34,8 +34,8 @@ def jobs(overrides: list[str]) -> list[tuple[str, ...]]:
 
 SHOWN_COMMANDS = [
     *commands(README),
-    *commands((WEIGHTS / "README.md").read_text()),
-    *(command for experiment in EXPERIMENTS for command in commands(experiment.read_text())),
+    *commands((WEIGHTS / "README.md").read_text(encoding="utf-8")),
+    *(command for experiment in EXPERIMENTS for command in commands(experiment.read_text(encoding="utf-8"))),
     *(f"train {overrides}" for overrides in re.findall(r"^\| `(experiment=[^`]+)`", README, re.MULTILINE)),
 ]
 COMMANDS = sorted({command.strip() for command in SHOWN_COMMANDS})
@@ -51,7 +51,7 @@ def test_every_command_that_we_show_composes(command):
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_opens_with_its_own_command(path):
-    first, second = path.read_text().splitlines()[:2]
+    first, second = path.read_text(encoding="utf-8").splitlines()[:2]
     assert first == "# @package _global_"
     assert second.startswith(f"# python -m pixelcnn_lit.train experiment={path.stem}")
 
@@ -94,6 +94,6 @@ def test_the_pictures_of_the_readme_are_there():
 
 def test_every_test_that_the_readme_names_exists():
     named = set(re.findall(r"\| `(test_\w+)`", README))
-    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
     assert len(named) > 5
     assert all(f"def {name}" in sources for name in named), named

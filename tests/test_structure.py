@@ -12,15 +12,28 @@ from omegaconf import OmegaConf
 from pixelcnn_lit.command import CONF
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [path.stem for path in CONF.glob("*.yaml") if (ROOT / "pixelcnn_lit" / f"{path.stem}.py").is_file()]
 # Lower floors know nothing of higher ones. A main stands on the roof: nobody imports it.
 FLOORS = (
-    ("errors", "budget", "noise", "pictures", "fronts", "ordinal", "signals", "files", "memory", "run_dir", "workers"),
-    ("build", "checkpoints", "rounding", "machine", "trainer", "runs"),
+    (
+        "errors",
+        "budget",
+        "noise",
+        "pictures",
+        "fronts",
+        "ordinal",
+        "signals",
+        "files",
+        "memory",
+        "run_dir",
+        "workers",
+        "terminal",
+    ),
+    ("build", "checkpoints", "rounding", "machine", "schedulers", "trainer", "runs"),
     ("command",),
     ("launch",),
-    ("data", "models.caches", "models.layers", "likelihoods", "muon", "schedulers", "averaging"),
+    ("data", "models.caches", "models.layers", "likelihoods", "muon", "averaging"),
     ("models",),
     ("samplers",),
     ("lit", "classifiers"),
@@ -43,7 +56,7 @@ def imports() -> set[tuple[str, str]]:
     pairs = set()
     for path in (ROOT / "pixelcnn_lit").rglob("*.py"):
         module = ".".join(path.relative_to(ROOT / "pixelcnn_lit").with_suffix("").parts)
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("pixelcnn_lit") for alias in node.names), "write from ... import"
             assert not getattr(node, "level", 0), "write absolute imports"
@@ -63,6 +76,18 @@ def test_imports_go_down():
     assert not upwards
     roof = [(a, b) for a, b in pairs if floor(b) == len(FLOORS) - 1]
     assert not roof, "a main is imported by nobody"
+
+
+def test_text_is_read_and_written_as_utf_8_whatever_the_system_prefers():
+    for path in (ROOT / "pixelcnn_lit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            text = isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "write_text")
+            if isinstance(node.func, ast.Name) and node.func.id == "open":
+                text = not any("b" in str(getattr(argument, "value", "")) for argument in node.args[1:])
+            encoded = any(keyword.arg == "encoding" for keyword in node.keywords)
+            assert encoded or not text, f"{path.name}, line {node.lineno}: say encoding='utf-8'"
 
 
 def room(module: str) -> str:
@@ -95,6 +120,7 @@ def test_the_picture_in_the_readme_is_the_import_graph():
         "schedulers",
         "checkpoints",
         "rounding",
+        "terminal",
     }  # drawn as one box, without arrows
     assert drawn == {(a, b) for a, b in real if not {a, b} & plumbing}
 

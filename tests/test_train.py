@@ -30,9 +30,11 @@ import pixelcnn_lit.export
 import pixelcnn_lit.sample
 import pixelcnn_lit.summarize
 import pixelcnn_lit.train
-from pixelcnn_lit.checkpoints import WEIGHTS, AtomicCheckpointIO
+from pixelcnn_lit.checkpoints import AtomicCheckpointIO, read_checkpoint
+from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.lit import DensityModel, load
 from pixelcnn_lit.models.layers import CausalConv2d
+from pixelcnn_lit.runs import WEIGHTS
 from pixelcnn_lit.schedulers import WarmupCosine
 
 LIBC, LIBC_VERSION = platform.libc_ver()
@@ -153,6 +155,41 @@ def test_sample_draws_the_asked_classes_and_the_same_ones_again(run, monkeypatch
     assert (tmp_path / "a" / "samples.png").stat().st_size > 100
 
 
+def test_the_directory_of_a_run_stands_for_its_best_weights(run, tmp_path):
+    best = read_checkpoint(str(run / "checkpoints" / "best.ckpt"))
+    assert all(torch.equal(w, best["state_dict"][n]) for n, w in read_checkpoint(str(run))["state_dict"].items())
+    command("sample", f"ckpt={run}", "classes=7", "sampler.n_per_class=1", f"run_dir={tmp_path}/a")
+    assert archive(tmp_path / "a" / "samples.npz")["labels"].tolist() == [7]
+    (run / "checkpoints" / "best.ckpt").rename(tmp_path / "best.ckpt")
+    try:
+        with pytest.raises(SystemExit, match=re.escape("no checkpoints/best.ckpt in it; type the path of a .ckpt")):
+            command("sample", f"ckpt={run}")
+    finally:
+        (tmp_path / "best.ckpt").rename(run / "checkpoints" / "best.ckpt")
+
+
+def test_classes_are_asked_for_by_name_and_where_none_is_so_called_by_number(run, monkeypatch, tmp_path):
+    hparams = load(str(run)).hparams
+    names = ["10", "2", "cat", *"abcdefg"]
+    model = DensityModel(**hparams | {"class_names": names, "label_dropout": 0.1})
+    assert model.numbers_of("x", ["cat", 10, "10", 2, 1, "2", 9]) == [2, 0, 0, 1, 1, 1, 9]
+    with pytest.raises(
+        UserError, match=re.escape("classes=dog: this model was trained on 10 (0), 2 (1), cat (2), a (3)")
+    ):
+        model.numbers_of("classes=dog", ["dog"])
+    model.load_state_dict(load(str(run)).state_dict())
+    monkeypatch.setattr(pixelcnn_lit.sample, "load", lambda ckpt: model)
+    monkeypatch.setattr(pixelcnn_lit.complete, "load", lambda ckpt: model)
+    for typed, expected in (("cat", [2]), ("[cat,10]", [2, 0]), ("3", [3])):
+        command("sample", f"ckpt={run}", f"classes={typed}", "sampler.n_per_class=1", f"run_dir={tmp_path}")
+        assert archive(tmp_path / "samples.npz")["labels"].tolist() == expected
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    command("complete", f"ckpt={run}", f"image={tmp_path}/x.png", "label=cat", f"run_dir={tmp_path}")
+    assert json.loads((tmp_path / "completions.json").read_text())["labels"] == [2]
+    with pytest.raises(SystemExit, match="label is missing; type label=10 or another"):
+        command("complete", f"ckpt={run}", f"image={tmp_path}/x.png")
+
+
 def test_sample_shows_the_images_filling_up(run, monkeypatch, tmp_path):
     asked = [f"ckpt={run}/checkpoints/best.ckpt", "sampler.n_per_class=1", "gif=true", f"run_dir={tmp_path}"]
     command("sample", *asked)
@@ -256,7 +293,7 @@ def test_weights_too_large_for_half_precision_are_refused(run, monkeypatch, tmp_
     next(model.parameters()).data.flatten()[0] = 1e5
     monkeypatch.setattr(pixelcnn_lit.export, "load", lambda ckpt: model)
     with pytest.raises(SystemExit, match="too large for float16; type dtype=float32"):
-        command("export", "ckpt=x", f"out={tmp_path}/x.safetensors", "dtype=float16")
+        command("export", f"ckpt={run}", f"out={tmp_path}/x.safetensors", "dtype=float16")
 
 
 def test_the_weights_the_package_brings_along_draw_digits(monkeypatch, tmp_path):
@@ -276,7 +313,7 @@ def test_the_weights_the_package_brings_along_are_small_and_say_nothing_of_a_mac
 
 def test_a_name_that_no_weights_have_gets_one_line(monkeypatch):
     brought = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.safetensors")))
-    with pytest.raises(SystemExit, match=re.escape(f"type the path of a .ckpt or .safetensors, {brought}")):
+    with pytest.raises(SystemExit, match=re.escape(f"type the path of a .ckpt or .safetensors, a RUN_DIR, {brought}")):
         command("sample", "ckpt=mnits")
 
 
@@ -286,7 +323,7 @@ def test_the_weights_the_package_brings_along_score_what_their_card_says(monkeyp
     asked = ["ckpt=mnist", f"dataset.root={os.environ['PIXELCNN_DATA']}", f"run_dir={tmp_path}"]
     command("evaluate", *asked)
     bpd = json.loads((tmp_path / "evaluation.json").read_text())["bpd"]
-    assert f"test {bpd:.4f} bpd" in (WEIGHTS / "README.md").read_text()
+    assert f"test {bpd:.4f} bpd" in (WEIGHTS / "README.md").read_text(encoding="utf-8")
 
 
 def test_guidance_of_a_model_trained_with_label_dropout_draws(tmp_path, monkeypatch):

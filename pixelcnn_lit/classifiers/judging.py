@@ -16,6 +16,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from pixelcnn_lit.classifiers.lit import Classifier, accuracy, per_class
+from pixelcnn_lit.terminal import progress
 
 
 class Read(NamedTuple):
@@ -44,7 +45,8 @@ class Verdict(NamedTuple):
 @torch.no_grad()
 def read(judge: Classifier, x: Tensor, batch_size: int) -> Read:
     """Images uint8 [N,C,H,W], read in batches on the judge's device."""
-    features = torch.cat([judge.features(batch.to(judge.device)).cpu() for batch in x.split(batch_size)])
+    batches = progress(x.split(batch_size), desc="reading")
+    features = torch.cat([judge.features(batch.to(judge.device)).cpu() for batch in batches])
     heads = [judge.net.head(batch.to(judge.device)).cpu() for batch in features.split(batch_size)]
     return Read(features, torch.cat(heads).argmax(1))
 

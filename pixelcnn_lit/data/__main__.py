@@ -17,6 +17,7 @@ from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.machine import Threads, take_threads
 from pixelcnn_lit.pictures import grid, save
 from pixelcnn_lit.run_dir import run_dir, shown
+from pixelcnn_lit.terminal import progress
 
 
 def main(dataset: dict[str, Any], threads: Threads) -> None:
@@ -43,5 +44,5 @@ def main(dataset: dict[str, Any], threads: Threads) -> None:
 def loader_speed(data: ImageData) -> float:
     """Images/s of the training loader alone, over some batches, its start included."""
     began = time.perf_counter()
-    images = sum(len(y) for _, y in islice(data.train_dataloader(), 300))
+    images = sum(len(y) for _, y in progress(islice(data.train_dataloader(), 300), desc="loading"))
     return images / (time.perf_counter() - began)

@@ -7,6 +7,7 @@ import torch
 from pixelcnn_lit.data.images import Images, Split
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.pictures import read_png
+from pixelcnn_lit.terminal import progress
 
 
 def folder(path: str) -> Images:
@@ -25,7 +26,7 @@ def _split(directory: Path, classes: list[str]) -> Split:
     files = [(file, label) for label, name in enumerate(classes) for file in sorted((directory / name).glob("*.png"))]
     if not files:
         raise UserError(f"{directory}: no images; it must hold <class>/*.png")
-    images = [read_png(file) for file, _ in files]
+    images = [read_png(file) for file, _ in progress(files, desc=f"reading {directory.name}")]
     for (file, _), image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
             raise UserError(

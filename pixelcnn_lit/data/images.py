@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pixelcnn_lit.errors import UserError
 from pixelcnn_lit.noise import uniform
+from pixelcnn_lit.terminal import progress
 
 
 @dataclass
@@ -106,7 +107,7 @@ def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, S
 
 def resize(x: Tensor, size: int) -> Tensor:
     """uint8 [N,C,H,W] with the shorter side scaled to `size` (bilinear, antialiased): other pixels, another dataset."""
-    chunks = [F.resize(chunk, [size], antialias=True) for chunk in x.split(4096)]
+    chunks = [F.resize(chunk, [size], antialias=True) for chunk in progress(x.split(1024), desc="resizing")]
     return torch.cat(chunks)
 
 
@@ -122,5 +123,5 @@ def quantise(x: Tensor, old: int, new: int) -> Tensor:
 
 def binarize_by_index(x: Tensor, levels: int, seed: int) -> Tensor:
     """Draw each pixel white with probability x / (levels - 1); image n's draw is a function of (seed, n)."""
-    noise = [uniform((seed, n), tuple(image.shape)) for n, image in enumerate(x)]
-    return torch.stack([u < image / (levels - 1) for u, image in zip(noise, x, strict=True)]).to(torch.uint8)
+    draws = [uniform((seed, n), tuple(x.shape[1:])) for n in progress(range(len(x)), desc="binarizing")]
+    return torch.stack([u < image / (levels - 1) for u, image in zip(draws, x, strict=True)]).to(torch.uint8)

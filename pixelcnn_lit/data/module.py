@@ -15,6 +15,7 @@ from pixelcnn_lit.data import images as once
 from pixelcnn_lit.data import loader as each
 from pixelcnn_lit.data.images import Images, Split
 from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.run_dir import expanded
 
 
 class ImageData(L.LightningDataModule):
@@ -175,7 +176,7 @@ def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:
     """
     source = resolve(config.get("_target_"), Images)
     own = inspect.signature(source).parameters
-    arguments = {key: value for key, value in config.items() if key in own}
+    arguments = {key: expanded(value) for key, value in config.items() if key in own}
     options = {key: value for key, value in config.items() if key not in own and key != "_target_"}
     check("dataset", source, arguments)
     check("dataset", ImageData, options, known=("load", "seed"))

@@ -1,0 +1,51 @@
+"""What a terminal shows, in any encoding, and what can be typed into it."""
+
+import io
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+
+if TYPE_CHECKING:
+    from tqdm.auto import tqdm
+
+
+def print_what_can_be_printed() -> None:
+    """Let what the encoding of a stream cannot hold be replaced, where it would end the program with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def progress(*iterable: Any, **own: Any) -> "tqdm":
+    """tqdm's bar, on stdout as Lightning's are, and none where that is no terminal."""
+    from tqdm.auto import tqdm  # not above: a typo is answered without it
+
+    return tqdm(*iterable, **{"file": sys.stdout, "disable": None, "leave": False, **own})
+
+
+def setting(key: str, text: str) -> str:
+    """`key=text` for Hydra, which shall read the text as it is: in quotes where it would take it for anything else."""
+    plain = f"{key}={text}"
+    return plain if "${" not in text and read(plain) == text else f"{key}={quoted(uninterpolated(text))}"
+
+
+def quoted(text: str) -> str:
+    """A text in quotes of Hydra's grammar."""
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def uninterpolated(text: str) -> str:
+    """A text that OmegaConf resolves to `text`, whatever ${...} is in it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def read(override: str) -> Any:
+    """The value that Hydra reads in `key=value`; None where it cannot."""
+    try:
+        return OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return None
