@@ -105,7 +105,7 @@ GUARD = Path(__file__).parent / "guard.py"
 
 
 class Child:
-    """A command in a process group of its own."""
+    """A command in a session of its own."""
 
     def __init__(self, name: str, output: Path, pid: int, join: Callable[[float], int | None]) -> None:
         self.name = name
@@ -140,10 +140,24 @@ class Child:
         """Signal the process, not those it has started."""
         os.kill(self.pid, signum)
 
-    def group(self) -> list[int]:
-        """The processes that live in its group, as /proc tells."""
-        fields = (path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat"))
-        return [int(group) for state, _, group, *_ in fields if int(group) == self.pid and state != "Z"]
+    def living(self) -> list[int]:
+        """The processes of its session that live, it among them, as /proc tells."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has just ended
+                state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
+                if int(session) == self.pid and state != "Z":
+                    found.append(int(path.parent.name))
+        return found
+
+    def wait_for_all(self, seconds: float) -> int:
+        """Wait for it and for all that it has started; return its exit code."""
+        end = time.monotonic() + seconds
+        code = self.wait(seconds)
+        while left := self.living():
+            assert time.monotonic() < end, f"{self.name} has left {left}; it printed:\n{self.output()}"
+            time.sleep(0.02)
+        return code
 
     def kill(self) -> None:
         """End it with all that it has started."""
@@ -151,6 +165,9 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)  # in the first moments of a fork it has no group yet
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        for pid in self.living():  # of other groups
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.wait(60)
 
 

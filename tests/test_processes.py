@@ -146,13 +146,9 @@ def test_one_of_two_tasks_gets_sigusr1_in_a_validation_and_the_first_requeues_th
 def test_a_signal_before_training_leaves_no_process_waiting(place, spawn):
     """The second process is on its way to the first, for which it would wait half an hour."""
     process = spawn(place, "train", *RUN, *DDP, "run_dir=early")
-    process.wait_until(lambda: len(process.group()) > 1)
+    process.wait_until(lambda: len(process.living()) > 1)
     process.signal(signal.SIGTERM)
-    assert process.wait(60) in (143, -signal.SIGKILL)
-    end = time.monotonic() + 60
-    while process.group():
-        assert time.monotonic() < end, process.group()
-        time.sleep(0.05)
+    assert process.wait_for_all(60) in (143, -signal.SIGKILL)
     assert "Traceback" not in process.output()
 
 

@@ -2,8 +2,6 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -181,11 +179,10 @@ for name in sys.argv[1].split():
 """
 
 
-def test_help_and_typos_are_answered_before_torch_is_imported(tmp_path):
+def test_help_and_typos_are_answered_before_torch_is_imported(tmp_path, children):
     names = " ".join([*COMMANDS, "data"])
-    asked = [sys.executable, "-c", WITHOUT_TORCH, names]
-    ended = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
-    assert ended.returncode == 0, ended.stderr
-    assert "train is powered by Hydra" in ended.stdout
+    asked = children.popen(tmp_path, "-c", WITHOUT_TORCH, names)
+    assert asked.wait(60) == 0
+    assert "train is powered by Hydra" in asked.output()
     for name in names.split():
-        assert f"{name} typo=1 error: typo: there is no such setting" in ended.stdout
+        assert f"{name} typo=1 error: typo: there is no such setting" in asked.output()

@@ -182,19 +182,11 @@ with signals.raise_on_signals():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no groups of processes")
 @pytest.mark.parametrize("signum", ["SIGKILL", "SIGINT", "SIGTERM"])
-def test_no_process_outlives_its_parent_or_has_a_word_to_say(signum):
+def test_no_process_outlives_its_parent_or_has_a_word_to_say(tmp_path, children, signum):
     """The signal goes to the whole group, as Ctrl-C does. What the other process prints goes to the parent's stderr."""
     number = getattr(signal, signum)
-    own: Any = {"stderr": subprocess.PIPE, "start_new_session": True}
-    parent, said = subprocess.Popen([sys.executable, "-c", PARENT], **own), b""
-    try:
-        while b"alone: " not in said:
-            said += os.read(parent.stderr.fileno(), 100)
-            assert said, "it ended"
-        os.killpg(parent.pid, number)
-        said += parent.communicate(timeout=60)[1]
-    finally:
-        parent.kill()
-        parent.wait()
-    assert said == b"alone: 1"  # in a group of its own
-    assert parent.returncode == (-number if signum == "SIGKILL" else 128 + number)
+    parent = children.popen(tmp_path, "-c", PARENT)
+    parent.wait_until(lambda: "alone: " in parent.output())
+    os.killpg(parent.pid, number)
+    assert parent.wait_for_all(60) == (-number if signum == "SIGKILL" else 128 + number)
+    assert parent.output() == "alone: 1"  # in a group of its own
