@@ -105,7 +105,7 @@ GUARD = Path(__file__).parent / "guard.py"
 
 
 class Child:
-    """A command in a session of its own."""
+    """A command, and all that it starts."""
 
     def __init__(self, name: str, output: Path, pid: int, join: Callable[[float], int | None]) -> None:
         self.name = name
@@ -141,12 +141,12 @@ class Child:
         os.kill(self.pid, signum)
 
     def living(self) -> list[int]:
-        """The processes of its session that live, it among them, as /proc tells."""
+        """What lives of it and of all that it has started, as /proc tells."""
         found = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):  # it has just ended
-                state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
-                if int(session) == self.pid and state != "Z":
+                state, _, _, leader, *_ = path.read_text().rpartition(")")[2].split()
+                if int(leader) == self.pid and state != "Z":
                     found.append(int(path.parent.name))
         return found
 
