@@ -18,9 +18,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark notebooks: each starts a kernel, and trains."""
     for item in items:
         if item.path.suffix == ".ipynb":
-            item.add_marker("long")
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture

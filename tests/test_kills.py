@@ -47,8 +47,9 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_end(a: Path, b: Path) -> None:
+    expected = weights(b)
     for key, value in weights(a).items():
-        assert torch.equal(value, weights(b)[key]), key
+        assert torch.equal(value, expected[key]), key
     one, other = (json.loads((directory / "result.json").read_text()) for directory in (a, b))
     assert (one["val/nll"], one["test/nll"]) == (other["val/nll"], other["test/nll"])
 
