@@ -94,7 +94,9 @@ def _job(name: str, debug: bool, cfg: DictConfig) -> None:
             main = _imported(name).main
         check("", main, settings)
         keep_freed_memory()
-        with _alone(), raise_on_signals():
+        with patch.dict(os.environ), _alone(), raise_on_signals():
+            if not debug:
+                os.environ.pop("HYDRA_FULL_ERROR", None)  # the processes that Lightning starts read it, too
             main(**settings)
     except Exception as error:
         line = explain(error)

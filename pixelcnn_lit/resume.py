@@ -45,7 +45,8 @@ class LastCheckpoint(Checkpoint):
     exit code 130, 143 or 138. All this happens between two optimizer steps and nowhere else.
 
     A signal is noted when it strikes. It is obeyed after an optimizer step, or between two batches of an evaluation
-    that a resumed run would repeat; of several processes that is after every tenth step, and where all of them agree.
+    that a resumed run would repeat; several processes agree on it first. A sample grid is left unfinished where the
+    first process got the signal, which draws it.
     At SIGUSR1, which Slurm sends before the time is over (`sbatch --signal=USR1@120`), the job is requeued.
     """
 
@@ -79,11 +80,10 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._safe = False
-        if trainer.fit_loop._should_accumulate() or trainer.should_stop:
+        if trainer.fit_loop._should_accumulate() or _ends_by_itself(trainer):
             return  # gradients are in no checkpoint; a run that stops by itself is saved with its last score
-        validation, stop, late = _validation_is_due(trainer), 0, False
-        if trainer.world_size == 1 or trainer.global_step % 10 == 0:  # agreeing takes time
-            stop, late = self._agreed(trainer)
+        validation = _validation_is_due(trainer)
+        stop, late = self._agreed(trainer)
         if batch_idx + 1 == trainer.num_training_batches and not validation:
             self._owed = True  # schedulers are still to be stepped
             return
@@ -140,13 +140,13 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         loop, validation = trainer.fit_loop, _validation_is_due(trainer)
-        if trainer.should_stop and validation:
+        if _ends_by_itself(trainer) and validation:
             self._save(trainer)  # as before that validation, whose scheduler step follows it
         # Lightning steps ReduceLROnPlateau after the last hook that could save, and not in an epoch that was resumed.
         if loop.epoch_loop._num_ready_batches_reached():
             loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
         loop._restarting = True  # so it does not do so again
-        if (self._owed or trainer.should_stop) and not validation:
+        if (self._owed or _ends_by_itself(trainer)) and not validation:
             self._save(trainer)
             self._stop_if_asked(trainer)
 
@@ -201,6 +201,11 @@ def requeue() -> None:
         subprocess.run(command, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         print(f"{' '.join(command)}: failed ({first_line(error)})", flush=True)
+
+
+def _ends_by_itself(trainer: L.Trainer) -> bool:
+    """Whether the run stops after the present batch, as `should_stop` alone does not say before trainer.min_epochs."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def _validation_is_due(trainer: L.Trainer) -> bool:

@@ -63,6 +63,8 @@ def last_checkpoint(directory: Path) -> Path:
 def starting_point(directory: Path, ckpt: str | None, or_anew: bool) -> Path | None:
     """The checkpoint to go on from in `directory`, or None to start; `or_anew` takes what there is."""
     last = last_checkpoint(directory)
+    for requeued in directory.glob("hpc_ckpt_*"):  # Lightning would take it before all others, and check nothing
+        raise UserError(f"{shown(requeued)}: none of this program's; remove it")
     if ckpt not in (None, "last"):
         path = Path(ckpt)
         if not path.exists():

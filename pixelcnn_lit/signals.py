@@ -61,6 +61,20 @@ def note_signals() -> None:
     _answer = _note
 
 
+def outlive_signals(worker: int = 0) -> None:
+    """Let a worker process live on when all processes of a job get a signal, so that the run can be saved.
+
+    After SIGTERM it lives for half a minute more: it is also how a worker is told to end that does not listen.
+    """
+    for signum in HANDLED:
+        signal.signal(signum, _outlive)
+
+
+def _outlive(signum: int, frame: FrameType | None) -> None:
+    if signum == signal.SIGTERM and hasattr(signal, "alarm"):
+        signal.alarm(30)
+
+
 def _exit(signum: int) -> None:
     os._exit(128 + signum)
 

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import math
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from pixelcnn_lit.fitting import fit, start_or_go_on, write_result
 from pixelcnn_lit.lit import DensityModel, load
 from pixelcnn_lit.machine import Threads, take_threads
 from pixelcnn_lit.run_dir import shown
+from pixelcnn_lit.signals import Stopped
 
 
 def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
@@ -56,7 +58,9 @@ def train(
         result = summary(fitter, checkpoint, best, data, stopwatch)
         result |= {"n_params": n_params, "overrides": overrides}
         write_result(directory, result, stopwatch)  # before drawing, which takes its time
-        grids = [callback.draw(fitter, load(checkpoint)) for callback in extras if isinstance(callback, SampleGrid)]
+        grids = []
+        with suppress(Stopped):  # all else is done: the run ends by itself
+            grids = [callback.draw(fitter, load(checkpoint)) for callback in extras if isinstance(callback, SampleGrid)]
         print(closing_lines(write_result(directory, result, stopwatch), directory, grids))
 
 

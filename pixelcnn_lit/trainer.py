@@ -23,17 +23,21 @@ from pixelcnn_lit.schedulers import timers
 
 
 class EndWaitingProcesses(Callback):
-    """Ends the processes that Lightning started when this one fails before training: they would wait for it in vain."""
+    """End the processes that Lightning started when this one fails: they would wait for it in vain.
+
+    Not at a stop while it trains: on that all processes agree.
+    """
 
     def __init__(self) -> None:
         self.training = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.training = True  # from here on all processes agree when to stop
+        self.training = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         launcher = trainer.strategy.launcher
-        if launcher is not None and not self.training:
+        agreed = self.training and isinstance(exception, SystemExit)
+        if launcher is not None and not agreed:
             launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
@@ -71,6 +75,8 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         strategy = settings.get("strategy", "auto")
         raise UserError(f"trainer.strategy={strategy}: would fork or spawn this process; type ddp, which starts others")
+    if trainer.world_size > 1 and isinstance(settings.get("val_check_interval"), str):
+        raise UserError("trainer.val_check_interval: each process has its own clock; type a number of batches, or 1.0")
     # Its handlers lock, save and broadcast where a signal strikes, and wait for ever for what they interrupted.
     trainer._signal_connector.register_signal_handlers = lambda: None
     if isinstance(trainer.strategy, DDPStrategy):

@@ -107,7 +107,9 @@ def test_law_9_a_signal_at_any_moment_ends_in_a_saved_run_or_in_its_own_end(tmp_
     signum, slow = SIGNUMS[n % 3], n % 2
     seconds = float((whole / "seconds.txt").read_text()) * (1.5 if slow else 1)
     process = start(tmp_path, "train", "run_dir=run", *RUN, before=slow_writer if slow else None)
-    time.sleep(rng.uniform(0.1, seconds))
+    if n % 4:
+        process.wait_until((run / "config.yaml").is_file)  # training begins
+    time.sleep(rng.uniform(0.1, seconds / 2))
     if process.is_alive():
         process.signal(signum)
     code = process.wait(60)
@@ -148,6 +150,19 @@ def test_sigusr1_saves_and_requeues_the_job_which_then_ends_the_same(tmp_path, s
     assert (tmp_path / "asked.txt").read_text() == "requeue 77\n"
     again = start(tmp_path, "train", "run_dir=run", *RUN, **slurm(tmp_path), SLURM_RESTART_COUNT="1")
     assert again.wait(120) == 0
+    assert_same_end(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.long) for n in SIGNUMS[::2])])
+def test_a_signal_to_all_processes_of_a_run_saves_it_as_one_to_the_first_does(tmp_path, start, whole, signum):
+    """As Slurm, systemd and a terminal send it: to the workers of the loaders, too."""
+    settings = [*RUN, "callbacks.last.every_n_steps=null", "dataset.num_workers=2"]
+    process = start(tmp_path, "train", "run_dir=run", *settings)
+    process.wait_until((tmp_path / "run" / "checkpoints" / "best.ckpt").is_file)
+    os.killpg(process.pid, signum)
+    assert process.wait_for_all(60) == 128 + signum
+    assert "Traceback" not in process.output()
+    assert start(tmp_path, "train", "run_dir=run", "ckpt=last").wait(120) == 0
     assert_same_end(tmp_path / "run", whole)
 
 

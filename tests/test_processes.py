@@ -93,6 +93,14 @@ def test_no_process_waits_in_a_validation_for_one_without_a_batch(strategy):
     assert trainer.strategy._ddp_kwargs["broadcast_buffers"] is False
 
 
+def test_lightnings_own_handlers_of_signals_are_not_installed():
+    trainer: Any = make_trainer({"accelerator": "cpu"})
+    assert hasattr(type(trainer._signal_connector), "register_signal_handlers")  # the name that is replaced
+    before = signal.getsignal(signal.SIGTERM)
+    trainer._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_stop_at_the_end_is_one_of_all_processes(monkeypatch):
     """Another one was asked, at a step at which they do not agree."""
     strategy = SimpleNamespace(root_device="cpu", reduce=lambda answers, reduce_op: answers + torch.tensor([15, 0]))

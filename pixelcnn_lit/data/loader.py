@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.signals import outlive_signals
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -88,6 +89,7 @@ def loader(dataset: Gather, batches: Batches, num_workers: int) -> LazyLoader:
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=outlive_signals,
         generator=torch.Generator().manual_seed(0),  # else each epoch takes a number from the global stream
     )
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,6 +66,8 @@ class ImageData(L.LightningDataModule):
         self.levels = self._wanted_levels or images.levels
         if self.levels > images.levels:
             raise UserError(f"dataset.levels={self.levels}: {self.title} has {images.levels}; type that or less")
+        # Of the images as they come: the last bits of a resized one differ between machines.
+        self._fingerprints = {name: once.fingerprint(split) for name, split in images.splits().items()}
         framed = {name: self._frame(split) for name, split in images.splits().items()}
         shown = {name: self._requantise(split) for name, split in framed.items()}
         self.train, self.validation, self.test = shown["train"], shown["validation"], shown["test"]
@@ -123,11 +125,6 @@ class ImageData(L.LightningDataModule):
     def state_dict(self) -> dict[str, str]:
         """The fingerprint of each split, which Lightning keeps in a run's checkpoints under the name of this class."""
         return self._fingerprints
-
-    @cached_property
-    def _fingerprints(self) -> dict[str, str]:
-        splits = {"train": self._drawn_from, "validation": self.validation, "test": self.test}
-        return {name: once.fingerprint(split) for name, split in splits.items()}
 
     def changed_since(self, checkpoint: dict[str, Any], *splits: str) -> str | None:
         """What is different about the first of these splits that is not as in a checkpoint's run, if that is known."""
