@@ -75,7 +75,7 @@ def test_a_run_does_not_resume_on_other_images(trained, capsys):
     assert json.loads((run / "result.json").read_text())["epochs"] == 2
 
 
-@pytest.mark.parametrize("kept", [None, 3, {"other": "x"}])
+@pytest.mark.parametrize("kept", [None, *(pytest.param(kept, marks=pytest.mark.long) for kept in (3, {"other": "x"}))])
 def test_a_checkpoint_from_before_there_were_checksums_resumes(trained, kept):
     name, run, _ = trained
     last = run / "checkpoints" / "last.ckpt"

@@ -17,7 +17,7 @@ from helpers import Child, Children, slurm
 
 from pixelcnn_lit.checkpoints import read_checkpoint
 
-KILLS = int(os.environ.get("PIXELCNN_KILLS", "4"))
+KILLS = int(os.environ.get("PIXELCNN_KILLS", "3"))
 SIGNALS = int(os.environ.get("PIXELCNN_SIGNALS", "4"))
 RUN = [
     "model_size=tiny",

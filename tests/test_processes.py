@@ -120,7 +120,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 def test_two_processes_that_are_stopped_go_on_to_the_same_end(place, children):
     """Only one of them gets the signal. The statistics of BatchNorm are each process's own until they are scored."""
-    settings = [*RUN, *DDP, "trainer.max_epochs=5", "callbacks.last.every_n_steps=10"]
+    settings = [*RUN, *DDP, "trainer.max_epochs=3", "callbacks.last.every_n_steps=10"]
     whole = run(place, "train", *settings, "run_dir=whole")
     assert whole.count("best checkpoint:") == 1
     first, second = tasks(children, place, "train", *settings, "run_dir=cut")

@@ -96,7 +96,7 @@ def test_every_command_that_is_printed_can_be_pasted_into_a_shell(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     hydra_config = SimpleNamespace(job=SimpleNamespace(config_name="train"))
     monkeypatch.setattr(fitting.HydraConfig, "get", lambda: hydra_config)
-    monkeypatch.setattr(fitting, "stopped_at", lambda directory: [directory])
+    monkeypatch.setattr(fitting, "last_checkpoint", lambda directory: Path(__file__))
     figures = ("val/bpd", "test/bpd", "uniform_bpd", "images_per_second", "seconds", "val/accuracy", "test/accuracy")
     result = dict.fromkeys((*figures, "val/images", "test/images", "n_params"), 1)
     result |= {"label": "x", "checkpoint": "y", "test/accuracy_per_class": {"a": 1.0}}
@@ -173,7 +173,7 @@ def test_the_processes_of_one_run_share_its_directory_whatever_its_name(tmp_path
     monkeypatch.chdir(tmp_path)
     seen = []
 
-    def main(dataset: dict) -> None:
+    def main(dataset: dict, threads: int | None) -> None:
         seen.append((_hydra_subprocess_cmd(1), run_dir()))
 
     monkeypatch.setattr(pixelcnn_lit.data.__main__, "main", main)

@@ -128,7 +128,7 @@ def test_recipes_for_a_laptop_step_on_one_thread_and_the_published_size_on_all()
     assert work_of("dataset=cifar10", "model_size=base", batch_size=8) >= machine.LARGE
 
 
-NEEDED = {"ckpt": "mnist", "classifier_ckpt": "x.ckpt", "file": "x.plc", "out": "x.npz"}  # by those that have them
+NEEDED = {"ckpt": "mnist", "classifier_ckpt": __file__, "file": "x.plc", "out": "x.npz"}  # by those that have them
 
 
 @pytest.mark.parametrize("name", [path.stem for path in CONF.glob("*.yaml") if "- job" in path.read_text()])

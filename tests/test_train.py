@@ -523,6 +523,7 @@ def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
     assert rates[-1] < max(rates) / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["mnist_gpu", "cifar10_10min", "cifar10_20min", "cifar10_best", "cifar10_24gb"])
 def test_a_recipe_for_a_gpu_takes_a_few_steps_on_a_cpu(tmp_path, monkeypatch, recipe):
     """As it is, but narrow, shallow and not compiled, on few images of its dataset's shape."""
