@@ -135,6 +135,7 @@ def test_images_are_scaled_by_the_statistics_of_the_training_images(judge, digit
         assert torch.equal(judge(digits.test.x), judge.net.head(judge.features(digits.test.x)))
 
 
+@pytest.mark.long
 def test_a_run_killed_and_gone_on_with_ends_like_one_never_killed(tmp_path):
     small = [*TINY, "classifier.width=4", "classifier.n_residual=1", "trainer.max_epochs=2"]
     small += ["trainer.limit_train_batches=5", "callbacks.last.every_n_steps=2", "dataset.batch_size=16"]

@@ -266,6 +266,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_named_and_the_earlier_checkpoint_is_whole(small_disk, start, whole):
     run = small_disk / "run"
     process = start(small_disk, "train", "run_dir=run", *RUN)

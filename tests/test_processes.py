@@ -118,6 +118,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
         assert torch.equal(value, saved[1]["state_dict"][key]), key
 
 
+@pytest.mark.long
 def test_two_processes_that_are_stopped_go_on_to_the_same_end(place, children):
     """Only one of them gets the signal. The statistics of BatchNorm are each process's own until they are scored."""
     settings = [*RUN, *DDP, "trainer.max_epochs=3", "callbacks.last.every_n_steps=10"]

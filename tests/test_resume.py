@@ -284,8 +284,12 @@ def test_a_checkpoint_of_a_stranger_removes_nothing_outside(tmp_path, cut):
 @pytest.mark.parametrize(
     "damage",
     [
-        *({"loops": {}}, {"loops": 3}, {"callbacks": []}, {"optimizer_states": []}, {"scored": 0}),
-        *({"state_dict": {}}, {"hyper_parameters": 3}, {"averaging_state": 3}, {"lr_schedulers": 3}),
+        *({"loops": 3}, {"callbacks": []}, {"scored": 0}, {"hyper_parameters": 3}),
+        *(
+            pytest.param(damage, marks=pytest.mark.long)
+            for damage in ({"loops": {}}, {"optimizer_states": []}, {"state_dict": {}}, {"averaging_state": 3})
+        ),
+        pytest.param({"lr_schedulers": 3}, marks=pytest.mark.long),
     ],
     ids=str,
 )

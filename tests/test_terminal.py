@@ -307,6 +307,7 @@ def test_a_run_by_epochs_shows_when_an_epoch_ends(tmp_path, monkeypatch):
     assert all("left=" not in bar and "<00:00" in bar for bar in training)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
 def test_all_seconds_of_a_run_are_those_of_its_command_up_to_the_last_line(tmp_path, monkeypatch, capsys, sweep):
     now = [0]

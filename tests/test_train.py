@@ -512,6 +512,7 @@ def test_a_first_step_may_take_all_the_time():
     assert 0 < scheduler.get_last_lr()[0] < 0.5
 
 
+@pytest.mark.long
 def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
     race = ["experiment=mnist_race", "dataset=digits", "model_size=tiny", "trainer.max_time=00:00:00:04"]
     command("train", *race, "trainer.log_every_n_steps=1", f"run_dir={tmp_path}")
