@@ -25,6 +25,7 @@ def command(name: str, *overrides: str) -> None:
     """What `python -m pixelcnn_lit.<name>` does, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *overrides])
+        patch.setattr(os, "fsync", lambda _: None)  # no file of a test has to outlive a power cut
         patch.setattr(Hydra, "get_mode", lambda *_, **__: None)  # it composes all once more, for a mode never set
         run(name)
 
