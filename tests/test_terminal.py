@@ -32,7 +32,7 @@ from pixelcnn_lit.command import CONF
 from pixelcnn_lit.errors import explain
 from pixelcnn_lit.files import write_text
 from pixelcnn_lit.run_dir import run_dir
-from pixelcnn_lit.terminal import setting
+from pixelcnn_lit.terminal import progress, setting
 
 ODD = " \t'\"\\$ `!#&()*,;:<=>?@[]^{|}~%+-./é日${${b}a3"
 NASTY = [
@@ -296,6 +296,14 @@ def test_a_run_by_the_clock_shows_how_much_of_it_is_left_and_all_that_is_waited_
     monkeypatch.setattr(sys, "stdout", log)
     command("train", *by_the_clock, "trainer.max_epochs=1", f"run_dir={tmp_path}/b")
     assert "\r" not in log.text()
+
+
+def test_a_bar_is_shown_on_a_terminal_alone(monkeypatch):
+    for terminal in (True, False):
+        screen = Screen(terminal=terminal)
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert list(progress(range(3), desc="reading")) == [0, 1, 2]
+        assert ("reading" in screen.text()) == terminal
 
 
 def test_a_run_by_epochs_shows_when_an_epoch_ends(tmp_path, monkeypatch):
