@@ -104,7 +104,8 @@ def test_scores_on_other_images_than_the_runs_are_given_and_say_so(tmp_path, cap
         assert ("split was" in printed) == told
 
 
-def test_one_class_is_trained_and_scored(tmp_path, capsys):
+def test_one_class_is_trained_and_scored(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     file, run = tmp_path / "x.npz", tmp_path / "run"
     archive(file, n_classes=1)
     command("train", *TINY, *MODEL, *data(file), f"run_dir={run}")
