@@ -94,7 +94,7 @@ def _job(name: str, debug: bool, cfg: DictConfig) -> None:
             main = _imported(name).main
         check("", main, settings)
         keep_freed_memory()
-        with patch.dict(os.environ), _alone(), raise_on_signals():
+        with _alone(), raise_on_signals():
             if not debug:
                 os.environ.pop("HYDRA_FULL_ERROR", None)  # the processes that Lightning starts read it, too
             main(**settings)
@@ -149,7 +149,7 @@ def _imported(name: str) -> Any:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Let a job of a sweep look like a run of its own.
+    """Let a job of a sweep look like a run of its own, and put the environment back after any job.
 
     Lightning's DDP starts its processes with this one's command line: each would run the whole sweep again. And it
     leaves its marks in the environment and its process group open, for the next job to stumble over.
@@ -157,15 +157,13 @@ def _alone() -> Iterator[None]:
     config: Any = HydraConfig.get()
     with read_write(config):  # Lightning sets double quotes around it, and hands it to those processes
         config.run.dir = uninterpolated(quoted(uninterpolated(str(run_dir())))[1:-1])
-    if config.mode != RunMode.MULTIRUN:
-        yield
-        return
-    argv = [sys.argv[0], *typed()]
+    sweep = config.mode == RunMode.MULTIRUN
+    argv = [sys.argv[0], *typed()] if sweep else sys.argv
     with patch.object(sys, "argv", argv), patch.dict(os.environ):
         try:
             yield
         finally:
             import torch.distributed
 
-            if torch.distributed.is_initialized():
+            if sweep and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()

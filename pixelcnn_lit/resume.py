@@ -46,8 +46,8 @@ class LastCheckpoint(Checkpoint):
 
     A signal is noted when it strikes. It is obeyed after an optimizer step, or between two batches of an evaluation
     that a resumed run would repeat; several processes agree on it first. A sample grid is left unfinished where the
-    first process got the signal, which draws it.
-    At SIGUSR1, which Slurm sends before the time is over (`sbatch --signal=USR1@120`), the job is requeued.
+    first process got the signal, which draws it. At SIGUSR1, which Slurm sends before the time is over
+    (`sbatch --signal=USR1@120`), the job is requeued.
     """
 
     def __init__(

@@ -67,9 +67,8 @@ def _total_steps(trainer: "L.Trainer") -> int:
 
 def timers(trainer: "L.Trainer") -> list[tuple[float, float]]:
     """Seconds over and seconds left by each clock that ends the run: that of trainer.max_time, if any."""
-    from lightning.pytorch.callbacks import (
-        Timer,
-    )  # not above: the settings of a scheduler are checked without Lightning
+    # Not above: the settings of a scheduler are checked without Lightning.
+    from lightning.pytorch.callbacks import Timer
 
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     timers = [callback for callback in callbacks if isinstance(callback, Timer)]
