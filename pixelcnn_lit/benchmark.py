@@ -1,6 +1,6 @@
 """How fast this machine trains and samples, as ratios measured side by side in one run; no figure is stored in code."""
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("benchmark")
@@ -19,17 +19,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixelcnn_lit.build import Range
-from pixelcnn_lit.codec import MOST, compress, decompress
+from pixelcnn_lit.codec.coder import compress, decompress
+from pixelcnn_lit.codec.format import MOST
+from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.files import write_text
-from pixelcnn_lit.fronts import fronts
-from pixelcnn_lit.lit import DensityModel
-from pixelcnn_lit.machine import Threads, best_device, cores, fast_bf16, on_threads, step_work, take_threads
-from pixelcnn_lit.models.layers import CausalConv2d
-from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.samplers import Conditioned, Pick, evaluating, fixed_point, picker, walk
-from pixelcnn_lit.terminal import progress
+from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.nn.fronts import fronts
+from pixelcnn_lit.nn.layers import CausalConv2d
+from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.machine import Threads, best_device, cores, fast_bf16, on_threads, step_work, take_threads
+from pixelcnn_lit.runs.run_dir import run_dir, shown
+from pixelcnn_lit.runs.terminal import progress
+from pixelcnn_lit.samplers.pick import picker
+from pixelcnn_lit.samplers.walk import Conditioned, Pick, evaluating, fixed_point, walk
 
 NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
 CACHED_STEPS = 32  # likewise

@@ -1,6 +1,6 @@
 """Complete images: keep some pixels to the bit and draw the others, several times, given what is kept."""
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("complete")
@@ -12,15 +12,16 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from pixelcnn_lit.build import Range, inspect_config
-from pixelcnn_lit.data.images import quantise
-from pixelcnn_lit.data.module import saved_or_given
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.files import write_text
-from pixelcnn_lit.lit import DensityModel, bits, load
-from pixelcnn_lit.machine import Threads, best_device, processes_of, say_threads, take_threads
-from pixelcnn_lit.pictures import grid, read_png, save
-from pixelcnn_lit.run_dir import run_dir, shown
+from pixelcnn_lit.config.build import Range, inspect_config
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.data.datamodule import saved_or_given
+from pixelcnn_lit.data.pictures import grid, read_png, save
+from pixelcnn_lit.data.transforms import quantise
+from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.lit.metrics import bits
+from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
+from pixelcnn_lit.runs.run_dir import run_dir, shown
 
 
 def main(

@@ -1,6 +1,6 @@
 """Compress images with a model, and say how many bits they took."""
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("compress")
@@ -14,18 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pixelcnn_lit.bayes import class_log_likelihoods
-from pixelcnn_lit.build import Range
-from pixelcnn_lit.codec import MOST, compress
+from pixelcnn_lit.codec.coder import compress
+from pixelcnn_lit.codec.format import MOST
+from pixelcnn_lit.config.build import Range
+from pixelcnn_lit.config.errors import UserError, first_line
+from pixelcnn_lit.data.datamodule import saved_or_given
 from pixelcnn_lit.data.images import Split, channels_first
-from pixelcnn_lit.data.module import saved_or_given
-from pixelcnn_lit.errors import UserError, first_line
-from pixelcnn_lit.files import whole
-from pixelcnn_lit.lit import DensityModel, load
-from pixelcnn_lit.machine import Threads, best_device, say_threads, take_threads
-from pixelcnn_lit.pictures import as_it_is, read_png
-from pixelcnn_lit.run_dir import shown
-from pixelcnn_lit.terminal import progress
+from pixelcnn_lit.data.pictures import as_it_is, read_png
+from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.runs.atomic import whole
+from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, take_threads
+from pixelcnn_lit.runs.run_dir import shown
+from pixelcnn_lit.runs.terminal import progress
+from pixelcnn_lit.scoring.bayes import class_log_likelihoods
 
 SPLITS = ("train", "validation", "test")
 

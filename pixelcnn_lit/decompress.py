@@ -1,6 +1,6 @@
 """The images in a file of `compress`, to the bit."""
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("decompress")
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pixelcnn_lit.codec import decompress, parse
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.files import whole
-from pixelcnn_lit.lit import load
-from pixelcnn_lit.machine import Threads, best_device, say_threads, take_threads
-from pixelcnn_lit.pictures import as_it_is
-from pixelcnn_lit.run_dir import shown
-from pixelcnn_lit.terminal import progress
+from pixelcnn_lit.codec.coder import decompress
+from pixelcnn_lit.codec.format import parse
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.data.pictures import as_it_is
+from pixelcnn_lit.lit.density_module import load
+from pixelcnn_lit.runs.atomic import whole
+from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, take_threads
+from pixelcnn_lit.runs.run_dir import shown
+from pixelcnn_lit.runs.terminal import progress
 
 
 def main(ckpt: str, file: str, out: str, threads: Threads) -> None:

@@ -4,7 +4,7 @@ Bits per dimension overall and per class; or, by Bayes' rule, how well it tells 
 another dataset are less likely to it.
 """
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("evaluate")
@@ -19,17 +19,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from pixelcnn_lit.bayes import class_log_likelihoods, marginal, posterior, score
-from pixelcnn_lit.build import Range
-from pixelcnn_lit.checkpoints import read_checkpoint
+from pixelcnn_lit.checkpoints.read import read_checkpoint
+from pixelcnn_lit.config.build import Range
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.data.datamodule import ImageData, image_data, plain_name, saved_or_given, uniform_bpd
 from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.data.module import ImageData, image_data, plain_name, saved_or_given, uniform_bpd
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.files import write_text
-from pixelcnn_lit.lit import DensityModel, bits, load
-from pixelcnn_lit.machine import Threads, best_device, say_threads, step_work, take_threads
-from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.trainer import make_trainer, require_batches, settle_threads
+from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.lit.metrics import bits
+from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, step_work, take_threads
+from pixelcnn_lit.runs.run_dir import run_dir, shown
+from pixelcnn_lit.scoring.bayes import class_log_likelihoods, marginal, posterior, score
+from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_threads
 
 
 def main(

@@ -1,6 +1,6 @@
 """Weights to give away: a checkpoint's model as safetensors, with what rebuilds it and a SHA-256 of it all."""
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("export")
@@ -8,13 +8,13 @@ if __name__ == "__main__":
 from pathlib import Path
 from typing import Literal
 
-from pixelcnn_lit.checkpoints import write_weights
-from pixelcnn_lit.data.module import plain_name
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import load
-from pixelcnn_lit.machine import Threads, take_threads
-from pixelcnn_lit.rounding import rounded
-from pixelcnn_lit.run_dir import shown
+from pixelcnn_lit.checkpoints.int8 import rounded
+from pixelcnn_lit.checkpoints.safetensors import write_weights
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.data.datamodule import plain_name
+from pixelcnn_lit.lit.density_module import load
+from pixelcnn_lit.runs.machine import Threads, take_threads
+from pixelcnn_lit.runs.run_dir import shown
 
 
 def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"], threads: Threads) -> None:

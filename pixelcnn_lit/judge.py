@@ -4,7 +4,7 @@ A table, a confusion matrix, some samples beside the nearest training images, an
 guidance scales, consistency over diversity as a curve.
 """
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("judge")
@@ -18,19 +18,19 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pixelcnn_lit.build import Range, inspect_config
-from pixelcnn_lit.checkpoints import require_same
-from pixelcnn_lit.classifiers.judging import Verdict, nearest, read, verdict
-from pixelcnn_lit.classifiers.lit import load_classifier
-from pixelcnn_lit.classifiers.pictures import show_confusion
-from pixelcnn_lit.data.module import ImageData, saved_or_given
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.files import write_text
-from pixelcnn_lit.lit import load
-from pixelcnn_lit.machine import Threads, best_device, processes_of, say_threads, step_work, take_threads
-from pixelcnn_lit.pictures import grid, save
-from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.samplers import refuse_steering
+from pixelcnn_lit.checkpoints.read import require_same
+from pixelcnn_lit.config.build import Range, inspect_config
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.data.datamodule import ImageData, saved_or_given
+from pixelcnn_lit.data.pictures import grid, save
+from pixelcnn_lit.lit.classifier_module import load_classifier
+from pixelcnn_lit.lit.density_module import load
+from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, step_work, take_threads
+from pixelcnn_lit.runs.run_dir import run_dir, shown
+from pixelcnn_lit.samplers.draw import refuse_steering
+from pixelcnn_lit.scoring.plots import show_confusion
+from pixelcnn_lit.scoring.samples import Verdict, nearest, read, verdict
 
 SHOWN = 4  # samples a class, each beside the training image that is nearest to it
 REAL = "real test images"

@@ -3,7 +3,7 @@
 A PNG grid, a row a class, the images themselves as npz and, if wanted, a GIF of the images filling up.
 """
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("sample")
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pixelcnn_lit.lit import load
-from pixelcnn_lit.machine import Threads, best_device, processes_of, say_threads, take_threads
-from pixelcnn_lit.pictures import animate, grid, save
-from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.samplers import Pace
+from pixelcnn_lit.data.pictures import animate, grid, save
+from pixelcnn_lit.lit.density_module import load
+from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
+from pixelcnn_lit.runs.run_dir import run_dir, shown
+from pixelcnn_lit.samplers.draw import Pace
 
 FRAMES = 60
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pixelcnn_lit.runs import CONFIG
-from pixelcnn_lit.terminal import print_what_can_be_printed
+from pixelcnn_lit.runs.saved import CONFIG
+from pixelcnn_lit.runs.terminal import print_what_can_be_printed
 
 FIGURES = ("bpd", "accuracy")  # of density models, of classifiers
 COLUMNS = ("n_params", "images_per_second", "seconds")

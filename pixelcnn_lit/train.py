@@ -1,6 +1,6 @@
 """Train a density model, score it once on the test set with the weights best on validation, and say where all is."""
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("train")
@@ -13,15 +13,16 @@ from typing import Annotated, Any
 
 import lightning as L
 
-from pixelcnn_lit.build import Range, check
-from pixelcnn_lit.callbacks import SampleGrid, Stopwatch
-from pixelcnn_lit.checkpoints import read_checkpoint
-from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
-from pixelcnn_lit.fitting import fit, start_or_go_on, write_result
-from pixelcnn_lit.lit import DensityModel, load
-from pixelcnn_lit.machine import Threads, take_threads
-from pixelcnn_lit.run_dir import shown
-from pixelcnn_lit.signals import Stopped
+from pixelcnn_lit.checkpoints.read import read_checkpoint
+from pixelcnn_lit.config.build import Range, check
+from pixelcnn_lit.data.datamodule import ImageData, image_data, uniform_bpd
+from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.runs.machine import Threads, take_threads
+from pixelcnn_lit.runs.run_dir import shown
+from pixelcnn_lit.runs.signals import Stopped
+from pixelcnn_lit.training.callbacks import Stopwatch
+from pixelcnn_lit.training.fit import fit, start_or_go_on, write_result
+from pixelcnn_lit.training.sample_grid import SampleGrid
 
 
 def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:

@@ -1,6 +1,6 @@
 """Train a classifier, score it once on the test set with the weights best on validation, and say where all is."""
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("train_classifier")
@@ -13,16 +13,17 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.model_summary.model_summary import summarize
 
-from pixelcnn_lit.build import Range, check
-from pixelcnn_lit.checkpoints import read_checkpoint
-from pixelcnn_lit.classifiers.lit import Classifier, load_classifier, per_class
-from pixelcnn_lit.classifiers.pictures import show_confusion
+from pixelcnn_lit.checkpoints.read import read_checkpoint
+from pixelcnn_lit.config.build import Range, check
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.data.datamodule import image_data
 from pixelcnn_lit.data.images import channel_statistics
-from pixelcnn_lit.data.module import image_data
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.fitting import fit, start_or_go_on, write_result
-from pixelcnn_lit.machine import Threads, take_threads
-from pixelcnn_lit.run_dir import shown
+from pixelcnn_lit.lit.classifier_module import Classifier, load_classifier
+from pixelcnn_lit.lit.metrics import per_class
+from pixelcnn_lit.runs.machine import Threads, take_threads
+from pixelcnn_lit.runs.run_dir import shown
+from pixelcnn_lit.scoring.plots import show_confusion
+from pixelcnn_lit.training.fit import fit, start_or_go_on, write_result
 
 
 def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from hydra._internal.hydra import Hydra
 
-from pixelcnn_lit.command import run
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.command import run
+from pixelcnn_lit.runs.launch import launch
 
 
 def command(name: str, *overrides: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pixelcnn_lit.averaging import EMA
+from pixelcnn_lit.optim.ema import EMA
 
 
 class Steps(L.LightningModule):

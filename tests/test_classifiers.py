@@ -13,14 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import density, open_data
 from torch import nn
 
-from pixelcnn_lit.bayes import class_log_likelihoods, marginal, posterior, score
-from pixelcnn_lit.build import build
-from pixelcnn_lit.classifiers.judging import Read, diversity, frechet_distance, kernel_distance, nearest, read, verdict
-from pixelcnn_lit.classifiers.lit import Classifier, load_classifier
 from pixelcnn_lit.classifiers.networks import ResidualBlock
-from pixelcnn_lit.command import CONF
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import load
+from pixelcnn_lit.config.build import build
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.lit.classifier_module import Classifier, load_classifier
+from pixelcnn_lit.lit.density_module import load
+from pixelcnn_lit.runs.command import CONF
+from pixelcnn_lit.scoring.bayes import class_log_likelihoods, marginal, posterior, score
+from pixelcnn_lit.scoring.samples import Read, diversity, frechet_distance, kernel_distance, nearest, read, verdict
 
 NAMES = sorted(path.stem for path in (CONF / "classifier").glob("*.yaml"))
 TINY = ["trainer=cpu", "trainer.log_every_n_steps=1", "trainer.precision=32-true", "dataset.num_workers=0"]

@@ -10,12 +10,13 @@ import torch
 from helpers import command, refused
 from tiny import EACH_ONCE, density
 
-from pixelcnn_lit import codec
-from pixelcnn_lit.checkpoints import write_weights
-from pixelcnn_lit.codec import CRC, HEADER, MAGIC, Header, compress, decompress
+from pixelcnn_lit.checkpoints.safetensors import write_weights
+from pixelcnn_lit.codec import coder
+from pixelcnn_lit.codec.coder import compress, decompress
+from pixelcnn_lit.codec.format import CRC, HEADER, MAGIC, Header
+from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import DensityModel
+from pixelcnn_lit.lit.density_module import DensityModel
 
 
 def images_of(model: DensityModel, n: int) -> Split:
@@ -23,7 +24,7 @@ def images_of(model: DensityModel, n: int) -> Split:
     return Split(x, torch.tensor([model.classes[k % len(model.classes)] for k in range(n)], dtype=torch.int64))
 
 
-def assert_comes_back(model: DensityModel, images: Split, batch_size: int) -> codec.Compressed:
+def assert_comes_back(model: DensityModel, images: Split, batch_size: int) -> coder.Compressed:
     done = compress(model, images, batch_size)
     back = decompress(model, done.content, "file=x")
     assert torch.equal(back.x, images.x)
@@ -70,7 +71,7 @@ def test_a_file_is_as_small_as_the_model_says():
 
 def test_weights_are_whole_and_sum_to_24_bits():
     logits = torch.randn(2, 17, 3, dtype=torch.float64) * 20
-    whole = codec.weights(logits)
+    whole = coder.weights(logits)
     assert whole.shape == (6, 17)
     assert (whole == np.floor(whole)).all()
     assert whole.min() >= 1
@@ -170,8 +171,8 @@ def test_other_probabilities_end_in_one_line_wherever_they_show(monkeypatch):
     """Some thousand symbols: the range coder meets impossible bits long before the digest is compared."""
     model = density("pixelcnn", "categorical", (1, 16, 16))
     content = compress(model, images_of(model, 60), 30).content
-    weights = codec.weights
-    monkeypatch.setattr(codec, "weights", lambda logits: weights(logits * (1 + 1e-3)))
+    weights = coder.weights
+    monkeypatch.setattr(coder, "weights", lambda logits: weights(logits * (1 + 1e-3)))
     with pytest.raises(UserError, match="computes other probabilities"):
         decompress(model, content, "file=x")
 

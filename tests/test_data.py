@@ -14,12 +14,12 @@ from PIL import Image
 from tiny import open_data
 from torchvision import datasets
 
-from pixelcnn_lit.data import images as once
-from pixelcnn_lit.data import loader as each
+from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data import official
-from pixelcnn_lit.data.images import Split, fingerprint
-from pixelcnn_lit.data.module import ImageData
-from pixelcnn_lit.errors import UserError
+from pixelcnn_lit.data.datamodule import ImageData
+from pixelcnn_lit.data.images import Split, carve_validation, fingerprint, first_of_each_class
+from pixelcnn_lit.data.loader import Batches
+from pixelcnn_lit.data.transforms import crop, flip
 
 
 def test_digits_are_split_1297_250_250_without_overlap():
@@ -35,7 +35,7 @@ def test_digits_are_split_1297_250_250_without_overlap():
 
 def test_the_validation_split_does_not_depend_on_the_seed(tmp_path):
     x = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1)
-    train, validation = once.carve_validation(Split(x, torch.zeros(100).long()), 0.1, seed=0)
+    train, validation = carve_validation(Split(x, torch.zeros(100).long()), 0.1, seed=0)
     assert (len(train), len(validation)) == (90, 10)
     assert sorted(torch.cat([train.x, validation.x]).flatten().tolist()) == list(range(100))
     save_npz(tmp_path / "x.npz")
@@ -73,7 +73,7 @@ def test_loading_takes_nothing_from_the_global_random_stream():
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("n", [7, 8, 23])
 def test_evaluation_sees_each_image_once_over_all_ranks(n, world):
-    ranks = [each.Batches(n, 4, shuffle=False, rank=rank, world=world) for rank in range(world)]
+    ranks = [Batches(n, 4, shuffle=False, rank=rank, world=world) for rank in range(world)]
     seen = [p for rank in ranks for _, positions in rank for p in positions.tolist()]
     assert sorted(seen) == list(range(n))
     assert [len(list(rank)) for rank in ranks] == [len(rank) for rank in ranks]
@@ -82,7 +82,7 @@ def test_evaluation_sees_each_image_once_over_all_ranks(n, world):
 @pytest.mark.parametrize("world", [1, 2])
 def test_training_sees_no_image_twice_an_epoch_and_leaves_out_others_each_epoch(world):
     def epoch(number):
-        ranks = [each.Batches(23, 4, shuffle=True, seed=0, rank=rank, world=world) for rank in range(world)]
+        ranks = [Batches(23, 4, shuffle=True, seed=0, rank=rank, world=world) for rank in range(world)]
         for rank in ranks:
             rank.set_epoch(number)
         return [p for rank in ranks for _, positions in rank for p in positions.tolist()]
@@ -126,11 +126,11 @@ def test_resize_pad_and_augmentation_change_the_label_and_spare_the_scored_image
 
 def test_a_crop_is_a_shift_and_a_flip_a_mirror():
     x = torch.arange(1, 17, dtype=torch.uint8).reshape(1, 1, 4, 4).repeat(64, 1, 1, 1)
-    cropped = each.crop(x, torch.Generator().manual_seed(0), margin=1)
+    cropped = crop(x, torch.Generator().manual_seed(0), margin=1)
     padded = torch.nn.functional.pad(x[:1], (1, 1, 1, 1))
     windows = {tuple(padded[0, 0, i : i + 4, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)}
     assert {tuple(image.flatten().tolist()) for image in cropped} == windows
-    flipped = each.flip(x, torch.Generator().manual_seed(0))
+    flipped = flip(x, torch.Generator().manual_seed(0))
     kinds = {tuple(image.flatten().tolist()) for image in flipped}
     assert kinds == {tuple(x[0].flatten().tolist()), tuple(x[0].flip(-1).flatten().tolist())}
 
@@ -318,7 +318,7 @@ def test_the_real_mnist_has_its_published_mean():
 
 def test_a_class_with_few_images_leaves_its_row_black():
     split = Split(torch.full((3, 1, 2, 2), 9, dtype=torch.uint8), torch.tensor([0, 0, 1]))
-    shown = once.first_of_each_class(split, num_classes=3, n=2)
+    shown = first_of_each_class(split, num_classes=3, n=2)
     assert shown[..., 0, 0, 0].tolist() == [[9, 9], [9, 0], [0, 0]]
 
 

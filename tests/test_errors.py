@@ -16,10 +16,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
 
-import pixelcnn_lit.command
-from pixelcnn_lit.build import Range, fits, resolve
-from pixelcnn_lit.command import CONF
-from pixelcnn_lit.errors import UserError, explain
+import pixelcnn_lit.runs.command
+from pixelcnn_lit.config.build import Range, fits, resolve
+from pixelcnn_lit.config.errors import UserError, explain
+from pixelcnn_lit.runs.command import CONF
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_a_command_without_its_checkpoint_says_what_to_type(run):
 
 
 def test_what_torch_alone_knows_is_checked_before_lightning_is_imported(run, monkeypatch):
-    monkeypatch.setattr(pixelcnn_lit.command, "_imported", lambda name: pytest.fail("it was imported first"))
+    monkeypatch.setattr(pixelcnn_lit.runs.command, "_imported", lambda name: pytest.fail("it was imported first"))
     for name, wrong in (
         *[("train", wrong) for wrong in ("model.n_residual=-1", "optimizer.lr=fast", "scheduler.hold=2")],
         *[("train", wrong) for wrong in ("likelihood.colour=grey", "sampler.temperature=0")],
@@ -267,7 +267,7 @@ def test_what_is_checked_first_does_not_import_lightning():
     ]
     parts = [{group: {"_target_": found[1]}} for group, found in targets if found]
     assert len(parts) > 10
-    code = f"import sys; from pixelcnn_lit.build import check_parts\nfor part in {parts}: check_parts(part)\n"
+    code = f"import sys; from pixelcnn_lit.config.build import check_parts\nfor part in {parts}: check_parts(part)\n"
     code += "assert 'torch' in sys.modules; sys.exit('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
@@ -353,8 +353,8 @@ def test_a_checkpoint_of_another_program_gets_one_line(run, tmp_path, content):
     [
         "os.system",
         "torch.optim.adam.torch.os.system",
-        "pixelcnn_lit.command.os.system",
-        "pixelcnn_lit.lit.load",
+        "pixelcnn_lit.runs.command.os.system",
+        "pixelcnn_lit.lit.density_module.load",
         "pixelcnn_lit.models.pixelcnn.nn.Linear",
         "pixelcnn_lit.models.absent.Net",
     ],

@@ -13,12 +13,12 @@ import pytest
 import torch
 from helpers import save_npz
 
-from pixelcnn_lit.checkpoints import write_weights
+from pixelcnn_lit.checkpoints.int8 import SCALE, restored
+from pixelcnn_lit.checkpoints.safetensors import write_weights
+from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.npz import npz
 from pixelcnn_lit.data.official import mnist
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import DensityModel, load
-from pixelcnn_lit.rounding import SCALE, restored
+from pixelcnn_lit.lit.density_module import DensityModel, load
 
 N = int(os.environ.get("PIXELCNN_FUZZ", "130"))
 
@@ -71,7 +71,7 @@ def model() -> DensityModel:
             "n_residual": 1,
             "level_channels": 2,
         },
-        likelihood={"_target_": "pixelcnn_lit.likelihoods.Categorical"},
+        likelihood={"_target_": "pixelcnn_lit.likelihoods.categorical.Categorical"},
         image_shape=[1, 4, 4],
         num_classes=2,
         levels=3,

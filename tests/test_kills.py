@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import Child, Children, slurm
 
-from pixelcnn_lit.checkpoints import read_checkpoint
+from pixelcnn_lit.checkpoints.read import read_checkpoint
 
 KILLS = int(os.environ.get("PIXELCNN_KILLS", "3"))
 SIGNALS = int(os.environ.get("PIXELCNN_SIGNALS", "4"))
@@ -240,7 +240,7 @@ ctypes.CDLL = CDLL
 sys.modules["resource"] = None
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
-    from pixelcnn_lit.launch import launch
+    from pixelcnn_lit.runs.launch import launch
     launch("train")
 """
 

@@ -9,9 +9,10 @@ import torch
 from tiny import EACH_ONCE, LIKELIHOODS, NETWORKS, PAIRS, check_context, check_no_future, density, make, set_dropout
 from torch._dynamo.testing import CompileCounter
 
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import DensityModel, load
-from pixelcnn_lit.models.layers import CausalConv2d, LevelEmbedding, recompute_blocks
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.nn.embeddings import LevelEmbedding
+from pixelcnn_lit.nn.layers import CausalConv2d, recompute_blocks
 
 TOLERANCE = 1e-9
 
@@ -219,7 +220,7 @@ def test_the_loss_of_training_alone_is_compiled(monkeypatch):
     model = density("pixelcnn", "categorical", compile=True)
     batch = torch.zeros(2, 1, 4, 5, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
     model.validation_step(batch, 0)
-    model.draw({"_target_": "pixelcnn_lit.samplers.draw", "n_per_class": 1})
+    model.draw({"_target_": "pixelcnn_lit.samplers.draw.draw", "n_per_class": 1})
     assert not compiled
     model.log = lambda *args, **own: None
     model.training_step(batch, 0).backward()

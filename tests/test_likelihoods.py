@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from pixelcnn_lit.likelihoods import Categorical, LogisticMixture
-from pixelcnn_lit.ordinal import OrdinalRows
+from pixelcnn_lit.likelihoods.categorical import Categorical
+from pixelcnn_lit.likelihoods.logistic_mixture import LogisticMixture
+from pixelcnn_lit.nn.ordinal import OrdinalRows
 
 
 def sigmoid(z: float) -> float:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from pixelcnn_lit.models.layers import CausalConv2d
-from pixelcnn_lit.muon import Muon, orthogonal_factor
+from pixelcnn_lit.nn.layers import CausalConv2d
+from pixelcnn_lit.optim.muon import Muon, orthogonal_factor
 
 SHAPES = [(6, 6), (5, 40), (40, 5), (1, 7), (7, 1), (2, 3, 4, 5)]
 

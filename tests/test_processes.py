@@ -13,10 +13,10 @@ import pytest
 import torch
 from helpers import Child, Children, save_npz, slurm
 
-from pixelcnn_lit.checkpoints import read_checkpoint
-from pixelcnn_lit.resume import LastCheckpoint
-from pixelcnn_lit.signals import Stopped
-from pixelcnn_lit.trainer import make_trainer
+from pixelcnn_lit.checkpoints.read import read_checkpoint
+from pixelcnn_lit.runs.signals import Stopped
+from pixelcnn_lit.training.resume import LastCheckpoint
+from pixelcnn_lit.training.trainer import make_trainer
 
 DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 RUN = [

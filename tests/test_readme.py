@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pixelcnn_lit.command import CONF
-from pixelcnn_lit.runs import WEIGHTS
+from pixelcnn_lit.runs.command import CONF
+from pixelcnn_lit.runs.saved import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

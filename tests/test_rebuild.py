@@ -12,11 +12,11 @@ from helpers import command
 from tiny import configs
 from torch import nn
 
-from pixelcnn_lit.budget import MemoryBudget
-from pixelcnn_lit.checkpoints import require_loadable
+from pixelcnn_lit.checkpoints.budget import MemoryBudget
+from pixelcnn_lit.checkpoints.load import require_loadable
 from pixelcnn_lit.classifiers.networks import ResNet
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import DensityModel, load
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.lit.density_module import DensityModel, load
 from pixelcnn_lit.models.pixelcnn import PixelCNN
 
 TINY = ["trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.log_every_n_steps=1"]

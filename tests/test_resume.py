@@ -17,11 +17,11 @@ from helpers import command, killed, refused
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pixelcnn_lit.checkpoints import read_checkpoint
-from pixelcnn_lit.lit import DensityModel
-from pixelcnn_lit.resume import Streams
-from pixelcnn_lit.run_dir import new_dir
-from pixelcnn_lit.runs import alone_in
+from pixelcnn_lit.checkpoints.read import read_checkpoint
+from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.runs.run_dir import new_dir
+from pixelcnn_lit.runs.saved import alone_in
+from pixelcnn_lit.training.resume import Streams
 
 # 5 batches an epoch, 3 epochs, dropout, workers, an average of the weights: all that has a state.
 RUN = [

@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny import EACH_ONCE, NETWORKS, PAIRS, make, set_dropout
 
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.fronts import Front, fronts
-from pixelcnn_lit.noise import uniform
-from pixelcnn_lit.samplers import Conditioned, Request, _keys, draw, evaluating, fixed_point, inverse_cdf, sharpened
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.nn.fronts import Front, fronts
+from pixelcnn_lit.nn.noise import uniform
+from pixelcnn_lit.samplers.draw import Request, _keys, draw
+from pixelcnn_lit.samplers.pick import inverse_cdf, sharpened
+from pixelcnn_lit.samplers.walk import Conditioned, evaluating, fixed_point
 
 SHAPE = (3, 4, 5)
 METHODS = ("naive", "cached", "fixed_point")

@@ -1,52 +1,34 @@
 """The shape of the program: who imports whom, and what the yaml files promise."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pixelcnn_lit.command import CONF
+from pixelcnn_lit.runs.command import CONF
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [path.stem for path in CONF.glob("*.yaml") if (ROOT / "pixelcnn_lit" / f"{path.stem}.py").is_file()]
-# Lower floors know nothing of higher ones. A main stands on the roof: nobody imports it.
+# From the ground up: a folder imports those of lower floors alone. Commands stand on the roof: nobody imports them.
 FLOORS = (
-    (
-        "errors",
-        "budget",
-        "noise",
-        "pictures",
-        "fronts",
-        "ordinal",
-        "signals",
-        "files",
-        "memory",
-        "run_dir",
-        "workers",
-        "terminal",
-    ),
-    ("build", "checkpoints", "rounding", "machine", "schedulers", "trainer", "runs"),
-    ("command",),
-    ("launch",),
-    ("data", "models.caches", "models.layers", "likelihoods", "muon", "averaging"),
-    ("models",),
-    ("samplers",),
-    ("lit", "classifiers"),
-    ("bayes", "codec", "callbacks"),
-    ("resume",),
-    ("fitting",),
-    ("summarize", "data.__main__", *COMMANDS),
+    ("nn", "config"),
+    ("models", "likelihoods", "optim", "classifiers", "runs"),
+    ("samplers", "checkpoints"),
+    ("density",),
+    ("data",),
+    ("lit",),
+    ("training", "scoring", "codec"),
+    ("data.__main__", "summarize", *COMMANDS),
 )
 
 
-def floor(module: str) -> int:
-    """The floor of the longest prefix of `module` that FLOORS names."""
-    names = {name: number for number, names in enumerate(FLOORS) for name in names}
-    parts = module.split(".")
-    return next(names[p] for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in names)
+def room(module: str) -> str:
+    """A folder of the package, or a file at its top; the command `data` lies in a folder."""
+    return module if module == "data.__main__" else module.split(".")[0]
 
 
 def imports() -> set[tuple[str, str]]:
@@ -67,13 +49,28 @@ def imports() -> set[tuple[str, str]]:
     return pairs
 
 
-def test_imports_go_down():
+def test_imports_go_down_from_room_to_room_and_run_in_no_circle():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
     pairs = imports()
-    assert len(pairs) > 20
-    upwards = [(a, b) for a, b in pairs if floor(a) < floor(b)]
-    assert not upwards
-    roof = [(a, b) for a, b in pairs if floor(b) == len(FLOORS) - 1]
-    assert not roof, "a main is imported by nobody"
+    arrows = {(room(a), room(b)) for a, b in pairs if room(a) != room(b)}
+    rooms = {room for arrow in arrows for room in arrow}
+    print(f"{len(rooms)} rooms, {len(arrows)} arrows")
+    assert rooms == set(floor), "every room lies on a floor"
+    assert not [(a, b) for a, b in arrows if floor[a] <= floor[b]]
+    assert len(rooms) <= 29
+    assert len(arrows) <= 100
+    graphlib.TopologicalSorter({a: {c for b, c in pairs if b == a} for a, _ in pairs}).prepare()  # refuses circles
+
+
+def test_a_folder_bears_the_name_of_its_group_in_conf():
+    """A folder is a part. Options of a group that are classes or functions of this package are at home in its folder."""
+    homes = {"model": "models", "likelihood": "likelihoods", "sampler": "samplers", "classifier": "classifiers"}
+    homes |= {"dataset": "data", "optimizer": "optim", "scheduler": "optim"}
+    for group, folder in homes.items():
+        targets = re.findall(
+            r"_target_: (pixelcnn_lit\.\S+)", "".join(p.read_text() for p in CONF.glob(f"{group}/*.yaml"))
+        )
+        assert all(target.startswith(f"pixelcnn_lit.{folder}.") for target in targets), targets
 
 
 def test_text_is_read_and_written_as_utf_8_whatever_the_system_prefers():
@@ -88,39 +85,12 @@ def test_text_is_read_and_written_as_utf_8_whatever_the_system_prefers():
             assert encoded or not text, f"{path.name}, line {node.lineno}: say encoding='utf-8'"
 
 
-def room(module: str) -> str:
-    """The box of the README's picture that a module stands in."""
-    if floor(module) == len(FLOORS) - 1:
-        return "mains"
-    return module.split(".")[0]
-
-
 def test_the_picture_in_the_readme_is_the_import_graph():
+    """But for commands, which are drawn as one, and for `config` and `runs`, which most others import."""
     drawn = set(re.findall(r"^ *(\w+) --> (\w+)$", README, re.MULTILINE))
-    real = {(room(a), room(b)) for a, b in imports() if room(a) != room(b)}
-    plumbing = {
-        "errors",
-        "budget",
-        "build",
-        "launch",
-        "signals",
-        "command",
-        "run_dir",
-        "files",
-        "memory",
-        "trainer",
-        "noise",
-        "fronts",
-        "ordinal",
-        "pictures",
-        "machine",
-        "workers",
-        "schedulers",
-        "checkpoints",
-        "rounding",
-        "terminal",
-    }  # drawn as one box, without arrows
-    assert drawn == {(a, b) for a, b in real if not {a, b} & plumbing}
+    named = {a: "commands" if a in FLOORS[-1] else a for names in FLOORS for a in names}
+    real = {(named[room(a)], named[room(b)]) for a, b in imports() if room(a) != room(b)}
+    assert drawn == {(a, b) for a, b in real if not {a, b} & {"config", "runs"}}
 
 
 def test_the_baseline_is_the_published_one():
@@ -168,7 +138,7 @@ DATASETS = [(path.stem, ["dataset.path=x"][: "path" in OmegaConf.load(path)]) fo
 WITHOUT_TORCH = """
 import sys
 sys.modules |= dict.fromkeys(["torch", "lightning", "torchvision", "torchmetrics", "matplotlib", "sklearn"])
-from pixelcnn_lit.command import run
+from pixelcnn_lit.runs.command import run
 for name in sys.argv[1].split():
     for typed in ["--help"] * (name == "train") + ["typo=1"]:
         sys.argv = [name, typed]

@@ -20,19 +20,22 @@ from lightning.fabric.strategies.launchers.subprocess_script import _hydra_subpr
 from omegaconf import OmegaConf
 from PIL import Image
 
-import pixelcnn_lit.command
 import pixelcnn_lit.data.__main__
 import pixelcnn_lit.decompress
-import pixelcnn_lit.run_dir
+import pixelcnn_lit.runs.command
+import pixelcnn_lit.runs.run_dir
 import pixelcnn_lit.summarize
-from pixelcnn_lit import fitting, launch, train, train_classifier
-from pixelcnn_lit.build import check
-from pixelcnn_lit.callbacks import SampleGrid
-from pixelcnn_lit.command import CONF
-from pixelcnn_lit.errors import explain
-from pixelcnn_lit.files import write_text
-from pixelcnn_lit.run_dir import run_dir
-from pixelcnn_lit.terminal import progress, setting
+from pixelcnn_lit import train, train_classifier
+from pixelcnn_lit.config.build import check
+from pixelcnn_lit.config.errors import explain
+from pixelcnn_lit.config.quoting import setting
+from pixelcnn_lit.runs import launch
+from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.command import CONF
+from pixelcnn_lit.runs.run_dir import run_dir
+from pixelcnn_lit.runs.terminal import progress
+from pixelcnn_lit.training import fit as fitting
+from pixelcnn_lit.training.sample_grid import SampleGrid
 
 ODD = " \t'\"\\$ `!#&()*,;:<=>?@[]^{|}~%+-./é日${${b}a3"
 NASTY = [
@@ -264,7 +267,7 @@ def test_what_an_encoding_cannot_hold_is_replaced(tmp_path, monkeypatch, encodin
 
     monkeypatch.setattr(sys, "stdout", Screen(encoding))
     monkeypatch.setattr(launch, "exit_on_signals", lambda: None)
-    monkeypatch.setattr(pixelcnn_lit.command, "run", lambda name: print("1×8"))
+    monkeypatch.setattr(pixelcnn_lit.runs.command, "run", lambda name: print("1×8"))
     with pytest.raises(SystemExit):
         launch.launch("data")
     assert sys.stdout.text() == "1?8\n"
@@ -327,7 +330,7 @@ def test_all_seconds_of_a_run_are_those_of_its_command_up_to_the_last_line(tmp_p
 
         return slower
 
-    monkeypatch.setattr(pixelcnn_lit.run_dir, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(pixelcnn_lit.runs.run_dir, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(train, "image_data", slow(train.image_data, 1000))
     monkeypatch.setattr(SampleGrid, "draw", slow(SampleGrid.draw, 100))
     few = [word for word in FEW if word != "~callbacks.samples"] + ["callbacks.samples.every_n_epochs=0"]

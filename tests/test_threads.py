@@ -12,11 +12,13 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from omegaconf import OmegaConf
 from tiny import configs
 
-from pixelcnn_lit import codec, machine, samplers, workers
-from pixelcnn_lit.checkpoints import write_weights
-from pixelcnn_lit.command import CONF
-from pixelcnn_lit.lit import DensityModel
-from pixelcnn_lit.trainer import make_trainer, settle_threads
+from pixelcnn_lit.checkpoints.safetensors import write_weights
+from pixelcnn_lit.codec import coder
+from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.runs import machine, workers
+from pixelcnn_lit.runs.command import CONF
+from pixelcnn_lit.samplers import draw as drawing
+from pixelcnn_lit.training.trainer import make_trainer, settle_threads
 
 FACTS = {
     "digits": {"image_shape": [1, 8, 8], "levels": 17},
@@ -143,11 +145,11 @@ def test_every_command_takes_threads_and_checks_them_before_any_work(tmp_path, c
 
 
 def test_a_run_keeps_its_threads_and_its_grids_step_on_one(four_cores, monkeypatch, tmp_path, capsys):
-    training, grids = spied(monkeypatch, DensityModel, "training_step"), spied(monkeypatch, samplers, "walk")
-    drawing = spied(monkeypatch, torch.nn.init, "kaiming_uniform_")
+    training, grids = spied(monkeypatch, DensityModel, "training_step"), spied(monkeypatch, drawing, "walk")
+    initial = spied(monkeypatch, torch.nn.init, "kaiming_uniform_")
 
     def train(*overrides: str) -> dict[str, set[int] | int]:
-        for seen in (training, grids, drawing):
+        for seen in (training, grids, initial):
             seen.clear()
         command("train", f"run_dir={tmp_path}", *overrides)
         taken: Any = OmegaConf.load(tmp_path / "config.yaml")
@@ -156,7 +158,7 @@ def test_a_run_keeps_its_threads_and_its_grids_step_on_one(four_cores, monkeypat
     monkeypatch.setattr(machine, "LARGE", 1)
     begun = train(*TINY, "trainer.max_epochs=1")
     assert begun == {"training": {4}, "grids": {1}, "saved": 4}
-    assert drawing[0] == 1  # the first weights do not depend on the cores
+    assert initial[0] == 1  # the first weights do not depend on the cores
     assert capsys.readouterr().out.splitlines()[0] == "4 of 4 CPU threads (type threads=1 beside other programs)"
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr(machine, "cores", lambda: 8)
@@ -181,12 +183,12 @@ def test_each_of_several_processes_takes_its_share_whatever_lightning_sets(four_
 
 
 def test_drawing_takes_one_thread_and_gives_the_others_back(four_cores, monkeypatch):
-    seen = spied(monkeypatch, samplers, "walk")
+    seen = spied(monkeypatch, drawing, "walk")
     facts = {"image_shape": [1, 4, 4], "levels": 17, "num_classes": 3, "class_names": [], "label": "", "dataset": {}}
     model = DensityModel(**configs("pixelcnn", "categorical"), **facts)
     torch.set_num_threads(3)
-    model.draw({"_target_": "pixelcnn_lit.samplers.draw"})
-    model.draw({"_target_": "pixelcnn_lit.samplers.draw"}, threads=2)
+    model.draw({"_target_": "pixelcnn_lit.samplers.draw.draw"})
+    model.draw({"_target_": "pixelcnn_lit.samplers.draw.draw"}, threads=2)
     assert seen == [1, 2]
     assert torch.get_num_threads() == 3
 
@@ -195,7 +197,7 @@ def test_sample_divides_its_cores_into_processes_unless_somebody_watches(
     four_cores, monkeypatch, tmp_path, capsys, ckpt
 ):
     asked, share = [], workers.share
-    monkeypatch.setattr(samplers, "share", lambda *args: asked.append((args[4], args[2] is None)) or share(*args))
+    monkeypatch.setattr(drawing, "share", lambda *args: asked.append((args[4], args[2] is None)) or share(*args))
     for own, processes, alone in (([], 4, False), (["threads=2"], 2, False), (["gif=true"], 1, True)):
         command("sample", f"ckpt={ckpt}", f"run_dir={tmp_path}/out", "sampler.batch_size=2", *own)
         assert asked.pop() == (processes, alone)
@@ -209,7 +211,7 @@ def test_sample_divides_its_cores_into_processes_unless_somebody_watches(
 def test_a_file_is_read_with_the_threads_it_was_written_with(four_cores, monkeypatch, tmp_path, capsys, ckpt):
     x = np.random.default_rng(0).integers(17, size=(3, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", images=x, labels=np.arange(3))
-    seen, file = spied(monkeypatch, codec, "walk"), f"file={tmp_path}/x.plc"
+    seen, file = spied(monkeypatch, coder, "walk"), f"file={tmp_path}/x.plc"
     own = [f"ckpt={ckpt}", f"run_dir={tmp_path}/run", f"out={tmp_path}/y.npz"]
     command("compress", *own[:2], f"images={tmp_path}/x.npz", f"out={tmp_path}/x.plc", "threads=3")
     assert "3 of 4 CPU threads (type threads=4 for more)" in capsys.readouterr().out

@@ -30,12 +30,13 @@ import pixelcnn_lit.export
 import pixelcnn_lit.sample
 import pixelcnn_lit.summarize
 import pixelcnn_lit.train
-from pixelcnn_lit.checkpoints import AtomicCheckpointIO, read_checkpoint
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.lit import DensityModel, load
-from pixelcnn_lit.models.layers import CausalConv2d
-from pixelcnn_lit.runs import WEIGHTS
-from pixelcnn_lit.schedulers import WarmupCosine
+from pixelcnn_lit.checkpoints.read import read_checkpoint
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.nn.layers import CausalConv2d
+from pixelcnn_lit.optim.schedulers import WarmupCosine
+from pixelcnn_lit.runs.saved import WEIGHTS
+from pixelcnn_lit.training.checkpoint_io import AtomicCheckpointIO
 
 LIBC, LIBC_VERSION = platform.libc_ver()
 
@@ -261,7 +262,7 @@ def test_exported_weights_draw_the_same_and_say_nothing_of_the_machine(run, monk
     command("export", f"ckpt={best}", f"out={out}")
     assert load(out).hparams["dataset"] == hparams["dataset"] | {"name": "x"}
     assert b"/home/me" not in Path(out).read_bytes()
-    sampler = {"_target_": "pixelcnn_lit.samplers.draw"}
+    sampler = {"_target_": "pixelcnn_lit.samplers.draw.draw"}
     assert torch.equal(load(out).draw(sampler), load(best).draw(sampler))
 
 

@@ -24,14 +24,14 @@ from torch.optim import Optimizer, lr_scheduler
 
 import pixelcnn_lit.train
 import pixelcnn_lit.train_classifier
-from pixelcnn_lit.build import resolve
-from pixelcnn_lit.callbacks import TrainingLoss
-from pixelcnn_lit.command import CONF
-from pixelcnn_lit.errors import UserError, explain
-from pixelcnn_lit.fitting import build_callback
-from pixelcnn_lit.lit import DensityModel, load
-from pixelcnn_lit.runs import CONTROLS
-from pixelcnn_lit.schedulers import optimization
+from pixelcnn_lit.config.build import resolve
+from pixelcnn_lit.config.errors import UserError, explain
+from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.optim.schedulers import optimization
+from pixelcnn_lit.runs.command import CONF
+from pixelcnn_lit.runs.saved import CONTROLS
+from pixelcnn_lit.training.callbacks import TrainingLoss
+from pixelcnn_lit.training.fit import build_callback
 
 BATCHES = ["trainer=cpu", "trainer.precision=32-true", "trainer.max_epochs=2", "trainer.limit_train_batches=2"]
 BATCHES += ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"]
@@ -214,7 +214,9 @@ def test_a_classifier_is_trained_in_each_precision(tmp_path, settings, precision
 def test_samples_are_drawn_in_each_precision_during_training_and_afterwards(tmp_path, settings, precision, likelihood):
     own = settings["train"]
     if likelihood:
-        own = own | {"likelihood": {"_target_": "pixelcnn_lit.likelihoods.LogisticMixture", "n_mixtures": 3}}
+        own = own | {
+            "likelihood": {"_target_": "pixelcnn_lit.likelihoods.logistic_mixture.LogisticMixture", "n_mixtures": 3}
+        }
     kept = {name: callback for name, callback in own["callbacks"].items() if name != "ema"}
     kept["samples"] = kept["samples"] | {"every_n_epochs": 1}
     flags = own["trainer"] | {"precision": precision}

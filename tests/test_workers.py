@@ -15,9 +15,10 @@ import pytest
 import torch
 from tiny import LIKELIHOODS, NETWORKS, make
 
-from pixelcnn_lit import samplers, workers
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.samplers import Pace, Request, cut, draw
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.runs import workers
+from pixelcnn_lit.samplers import draw as drawing
+from pixelcnn_lit.samplers.draw import Drawing, Pace, Request, cut, draw
 
 
 def test_batches_are_as_few_as_do_and_as_equal_as_can_be():
@@ -54,7 +55,7 @@ def test_what_is_sent_to_another_process_draws_the_same_integers(monkeypatch, ne
             else:
                 here(n)
 
-    monkeypatch.setattr(samplers, "share", shared)
+    monkeypatch.setattr(drawing, "share", shared)
     net, inside = (part.float() for part in make(network, likelihood, (3, 4, 5), levels=17, num_classes=4))
     image = torch.randint(17, (3, 3, 4, 5), dtype=torch.uint8)
     one, several = (pieces(net, inside, image, processes) for processes in (1, 3))
@@ -80,7 +81,7 @@ def answered(monkeypatch) -> threading.Event:
 @pytest.mark.parametrize(("processes", "watch"), [(1, None), (2, None), (2, print)])
 def test_other_processes_draw_for_those_who_ask_and_do_not_watch(monkeypatch, processes, watch):
     sent = []
-    monkeypatch.setattr(samplers, "share", lambda tasks, here, there, arrived, processes: sent.append(there))
+    monkeypatch.setattr(drawing, "share", lambda tasks, here, there, arrived, processes: sent.append(there))
     net, inside = make("pixelcnn", "categorical", (1, 4, 4), levels=17, num_classes=4)
     draw(Request(net, inside, torch.tensor([0]), (1, 4, 4), 4, [0], watch=watch, processes=processes))
     assert (sent != [None]) == (processes > 1 and watch is None)
@@ -90,13 +91,13 @@ def test_law_5_one_process_or_several_draw_the_same_integers(monkeypatch, answer
     net, inside = (part.float() for part in make("pixelcnn", "categorical", (3, 4, 5), levels=17, num_classes=4))
     image = torch.randint(17, (3, 3, 4, 5), dtype=torch.uint8)
     alone = pieces(net, inside, image, 1)
-    fill, pace = samplers.Drawing.fill, Pace()
+    fill, pace = Drawing.fill, Pace()
 
     def slow(drawing, canvas, batch, watch):
         assert not pace._images or answered.wait(60)
         fill(drawing, canvas, batch, watch)
 
-    monkeypatch.setattr(samplers.Drawing, "fill", slow)
+    monkeypatch.setattr(Drawing, "fill", slow)
     assert torch.equal(pieces(net, inside, image, 2, pace=pace), alone)
     assert str(pace).endswith("images/s in 2 processes")
 
@@ -151,7 +152,7 @@ def test_what_is_not_worth_it_or_cannot_be_sent_is_done_here(others, shared, mon
 @pytest.mark.parametrize(
     ("task", "error", "message"),
     [
-        ("from pixelcnn_lit.errors import UserError; raise UserError('mend this')", UserError, "mend this"),
+        ("from pixelcnn_lit.config.errors import UserError; raise UserError('mend this')", UserError, "mend this"),
         ("1 / 0", ZeroDivisionError, "division by zero"),
         ("import os; os._exit(9)", UserError, "was killed"),
         ("class Odd(Exception): pass\nraise Odd", RuntimeError, "cannot be sent"),
@@ -171,7 +172,7 @@ def test_a_function_that_another_process_cannot_read_is_the_commands_error(other
 
 PARENT = """
 import time
-from pixelcnn_lit import signals, workers
+from pixelcnn_lit.runs import signals, workers
 
 workers.WORTH = 0
 task = "import os, time; os.write(1, b'alone: %d' % (os.getpgrp() == os.getpid())); time.sleep(600)"

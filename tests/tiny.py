@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pixelcnn_lit.build import build
-from pixelcnn_lit.command import CONF
-from pixelcnn_lit.data.module import ImageData, image_data
-from pixelcnn_lit.lit import DensityModel
+from pixelcnn_lit.config.build import build
+from pixelcnn_lit.data.datamodule import ImageData, image_data
+from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.runs.command import CONF
 
 
 def stems(group: str) -> list[str]:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.transforms.v2 import functional as images
 
-from pixelcnn_lit.build import Range
-from pixelcnn_lit.errors import UserError, first_line
+from pixelcnn_lit.config.build import Range
+from pixelcnn_lit.config.errors import UserError, first_line
 
 Shape = tuple[int, int, int]
 

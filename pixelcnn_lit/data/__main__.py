@@ -3,7 +3,7 @@
 python -m pixelcnn_lit.data dataset=cifar10
 """
 
-from pixelcnn_lit.launch import launch
+from pixelcnn_lit.runs.launch import launch
 
 if __name__ == "__main__":
     launch("data")
@@ -12,12 +12,12 @@ import time
 from itertools import islice
 from typing import Any
 
+from pixelcnn_lit.data.datamodule import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.data.images import channel_statistics, first_of_each_class
-from pixelcnn_lit.data.module import ImageData, image_data, uniform_bpd
-from pixelcnn_lit.machine import Threads, take_threads
-from pixelcnn_lit.pictures import grid, save
-from pixelcnn_lit.run_dir import run_dir, shown
-from pixelcnn_lit.terminal import progress
+from pixelcnn_lit.data.pictures import grid, save
+from pixelcnn_lit.runs.machine import Threads, take_threads
+from pixelcnn_lit.runs.run_dir import run_dir, shown
+from pixelcnn_lit.runs.terminal import progress
 
 
 def main(dataset: dict[str, Any], threads: Threads) -> None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
+from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Images, Split
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.pictures import read_png
-from pixelcnn_lit.terminal import progress
+from pixelcnn_lit.data.pictures import read_png
+from pixelcnn_lit.runs.terminal import progress
 
 
 def folder(path: str) -> Images:

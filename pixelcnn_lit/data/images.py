@@ -1,15 +1,12 @@
-"""What a source of images hands over, and the transformations that change every image once, at loading."""
+"""What a source of images hands over, and what is asked of it."""
 
 import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.noise import uniform
-from pixelcnn_lit.terminal import progress
+from pixelcnn_lit.config.errors import UserError
 
 
 @dataclass
@@ -103,25 +100,3 @@ def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, S
     if not 0 < n_validation < len(train):
         raise UserError(f"dataset.validation_fraction={fraction}: leaves an empty split of {len(train)} images")
     return train[order[n_validation:]], train[order[:n_validation]]
-
-
-def resize(x: Tensor, size: int) -> Tensor:
-    """uint8 [N,C,H,W] with the shorter side scaled to `size` (bilinear, antialiased): other pixels, another dataset."""
-    chunks = [F.resize(chunk, [size], antialias=True) for chunk in progress(x.split(1024), desc="resizing")]
-    return torch.cat(chunks)
-
-
-def pad(x: Tensor, width: int) -> Tensor:
-    """uint8 [N,C,H,W] with `width` black pixels on each side."""
-    return torch.nn.functional.pad(x, (width,) * 4)
-
-
-def quantise(x: Tensor, old: int, new: int) -> Tensor:
-    """Levels 0..old-1 to 0..new-1 in bins of equal width, in integers. With `new=2`: the threshold at half."""
-    return (x.int() * new).div(old, rounding_mode="floor").to(torch.uint8)
-
-
-def binarize_by_index(x: Tensor, levels: int, seed: int) -> Tensor:
-    """Draw each pixel white with probability x / (levels - 1); image n's draw is a function of (seed, n)."""
-    draws = [uniform((seed, n), tuple(x.shape[1:])) for n in progress(range(len(x)), desc="binarizing")]
-    return torch.stack([u < image / (levels - 1) for u, image in zip(draws, x, strict=True)]).to(torch.uint8)

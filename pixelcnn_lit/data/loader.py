@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.signals import outlive_signals
+from pixelcnn_lit.runs.signals import outlive_signals
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -96,24 +96,3 @@ def loader(dataset: Gather, batches: Batches, num_workers: int) -> LazyLoader:
 
 def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return batch
-
-
-def flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image [B,C,H,W] left to right with probability one half."""
-    mirrored = torch.rand(len(x), generator=generator) < 0.5
-    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-
-
-def crop(x: Tensor, generator: torch.Generator, margin: int) -> Tensor:
-    """Shift each image [B,C,H,W] by up to `margin` pixels each way; black comes in at the edges."""
-    b, _, h, w = x.shape
-    padded = torch.nn.functional.pad(x, (margin,) * 4)
-    down, right = torch.randint(2 * margin + 1, (2, b), generator=generator)
-    rows = down[:, None] + torch.arange(h)
-    columns = right[:, None] + torch.arange(w)
-    return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def binarize(x: Tensor, generator: torch.Generator, levels: int) -> Tensor:
-    """Draw each pixel white with probability x / (levels - 1), anew each time (dynamic binarization)."""
-    return (torch.rand(x.shape, generator=generator) < x / (levels - 1)).to(torch.uint8)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Images, Split, channels_first
-from pixelcnn_lit.errors import UserError
 
 
 def npz(path: str) -> Images:

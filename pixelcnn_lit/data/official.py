@@ -15,9 +15,9 @@ import torch
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
+from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Images, Split, channels_first
-from pixelcnn_lit.errors import UserError
-from pixelcnn_lit.files import UNFINISHED
+from pixelcnn_lit.runs.atomic import UNFINISHED
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte; a silent server otherwise hangs torchvision for ever
 LENGTHS = {"MNIST": (60_000, 10_000), "FashionMNIST": (60_000, 10_000), "CIFAR10": (50_000, 10_000)}

@@ -18,16 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.caches import ImageRows, RowCache
-from pixelcnn_lit.models.layers import (
-    CausalConv2d,
-    ChannelNorm,
-    ClassEmbedding,
-    LevelEmbedding,
-    PointwiseStack,
-    lstm,
-)
+from pixelcnn_lit.config.build import Range
+from pixelcnn_lit.nn.caches import ImageRows, RowCache
+from pixelcnn_lit.nn.embeddings import ClassEmbedding, LevelEmbedding
+from pixelcnn_lit.nn.layers import CausalConv2d, ChannelNorm, PointwiseStack, lstm
 
 
 class DiagonalBiLSTM(nn.Module):

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.caches import RowCache
-from pixelcnn_lit.models.layers import ChannelNorm, ClassEmbedding, LevelEmbedding, PointwiseStack
+from pixelcnn_lit.config.build import Range
+from pixelcnn_lit.nn.caches import RowCache
+from pixelcnn_lit.nn.embeddings import ClassEmbedding, LevelEmbedding
+from pixelcnn_lit.nn.layers import ChannelNorm, PointwiseStack
 
 
 class GatedPixelCNN(nn.Module):

@@ -19,15 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixelcnn_lit.build import Range
-from pixelcnn_lit.models.caches import ImageRows, RowCache
-from pixelcnn_lit.models.layers import (
-    CausalConv2d,
-    ClassEmbedding,
-    LevelEmbedding,
-    PointwiseStack,
-    PreNormBlock,
-)
+from pixelcnn_lit.config.build import Range
+from pixelcnn_lit.nn.caches import ImageRows, RowCache
+from pixelcnn_lit.nn.embeddings import ClassEmbedding, LevelEmbedding
+from pixelcnn_lit.nn.layers import CausalConv2d, PointwiseStack, PreNormBlock
 
 
 class PixelAttention(nn.Module):

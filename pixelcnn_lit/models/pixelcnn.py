@@ -19,18 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixelcnn_lit.build import Range
-from pixelcnn_lit.fronts import Front
-from pixelcnn_lit.models.caches import FrontCache, ImageFronts
-from pixelcnn_lit.models.layers import (
-    CausalConv2d,
-    ChannelNorm,
-    ClassEmbedding,
-    LevelEmbedding,
-    MakeCache,
-    OutputStack,
-    PreNormBlock,
-)
+from pixelcnn_lit.config.build import Range
+from pixelcnn_lit.nn.caches import FrontCache, ImageFronts
+from pixelcnn_lit.nn.embeddings import ClassEmbedding, LevelEmbedding
+from pixelcnn_lit.nn.fronts import Front
+from pixelcnn_lit.nn.layers import CausalConv2d, ChannelNorm, MakeCache, OutputStack, PreNormBlock
 
 
 class PixelCNN(nn.Module):

@@ -1,0 +1,115 @@
+"""A lossless image codec: a model's probabilities, a range coder, and a file that knows what it takes to be read.
+
+Both directions go through the pixels as the cached sampler does, batch by batch. At each step the probabilities of the
+levels become whole numbers of 24 bits, which a range coder (constriction's) needs to write a level, or to read it.
+So writer and reader must compute the same probabilities to the bit. The file says where it was written, and is refused
+elsewhere; and it holds a digest of the images, so that nothing wrong is ever returned.
+
+A file, little-endian:
+    4 bytes    b"PLC1", format and version
+    header     HEADER, below
+    n bytes    where it was written: device, its instructions, torch, constriction; ASCII
+    uint32     CRC-32 of all that precedes
+    payload    32-bit words of the range coder: the classes of all images, each as likely as the others, and then,
+               batch by batch and step by step, channel by channel: image by image, pixel by pixel of a front
+"""
+
+import hashlib
+import json
+import math
+import struct
+import zlib
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+
+from pixelcnn_lit.checkpoints.safetensors import digest
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.runs.machine import MOST_THREADS
+
+MAGIC = b"PLC1"
+
+
+# Digest of weights and settings; channels, height, width, levels; images; images a batch; threads; payload's bytes and
+# CRC-32; digest of the images; length of the text that follows.
+HEADER = struct.Struct("<16s4HI2HII16sB")
+
+
+CRC = struct.Struct("<I")
+
+
+BITS = 24
+
+
+MOST = 1024  # images a batch
+
+
+class Header(NamedTuple):
+    weights: bytes
+    channels: int
+    height: int
+    width: int
+    levels: int
+    images: int
+    batch_size: int
+    threads: int
+    payload_bytes: int
+    payload_crc: int
+    digest: bytes
+    text_bytes: int
+
+
+def parse(model: DensityModel, content: bytes, where: str) -> tuple[Header, bytes]:
+    """Header and payload. Raises UserError for a file that is damaged, of another model, or written elsewhere."""
+    damaged = UserError(f"{where}: damaged or cut off; copy it again")
+    if content[: len(MAGIC)] != MAGIC:
+        raise UserError(f"{where}: no file of this codec, or of another version ({content[:4]!r}, not {MAGIC!r})")
+    try:
+        header = Header(*HEADER.unpack_from(content, len(MAGIC)))
+        end = len(MAGIC) + HEADER.size + header.text_bytes
+        (crc,) = CRC.unpack_from(content, end)
+    except struct.error:
+        raise damaged from None
+    payload, text = content[end + CRC.size :], content[end - header.text_bytes : end]
+    checked = len(payload), zlib.crc32(payload)
+    if crc != zlib.crc32(content[:end]) or checked != (header.payload_bytes, header.payload_crc) or len(payload) % 4:
+        raise damaged
+    if header.weights != model_digest(model):
+        raise UserError(f"{where}: written with another model; type its ckpt")
+    # The rest is of a stranger who can compute checksums. No image takes fewer bits than if every level but one had the
+    # least weight; half of that, for what the range coder rounds.
+    surest = math.log2(1 - (model.levels - 1) / 2**BITS)
+    least = class_bits(model) - model.dims * surest / 2
+    asked = 1 <= header.threads <= MOST_THREADS and 1 <= header.batch_size <= MOST
+    if not asked or header.images * least > 8 * len(payload) + 64:
+        raise damaged
+    if text.decode("ascii", "replace") != place(model.device):
+        raise UserError(f"{where}: written on {text.decode('ascii', 'replace')}, here is {place(model.device)}")
+    return header, payload
+
+
+def place(device: torch.device) -> str:
+    """What bits depend on beside the model: device, its instructions, torch, and the range coder."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"{device.type} {name} torch {torch.__version__} constriction {version('constriction')}"
+
+
+def class_bits(model: DensityModel) -> float:
+    """Of one image's class."""
+    return math.log2(len(model.classes))
+
+
+def model_digest(model: DensityModel) -> bytes:
+    """16 bytes of SHA-256, of the weights and of what decides how they are used."""
+    settings: dict[str, Any] = {key: model.hparams[key] for key in ("model", "likelihood", "image_shape", "levels")}
+    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    return bytes.fromhex(digest(state, json.dumps(settings, sort_keys=True)))[:16]
+
+
+def images_digest(images: Split) -> bytes:
+    """16 bytes of SHA-256."""
+    content = images.x.contiguous().numpy().tobytes() + images.y.numpy().astype("<i8").tobytes()
+    return hashlib.sha256(content).digest()[:16]

@@ -1,0 +1,179 @@
+"""From plain values to objects: find a `_target_`, check its values against its own annotations, call it.
+
+Targets come from yaml files and from checkpoints, and a checkpoint may come from a stranger. So a target is never
+merely imported: it must be *defined* in one of HOMES, and be of the kind the caller asks for.
+"""
+
+import contextlib
+import importlib
+import inspect
+import math
+import types
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pixelcnn_lit.config.errors import UserError, closest
+
+HOMES = ("pixelcnn_lit.", "torch.optim.", "lightning.pytorch.callbacks.")
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Inclusive bounds of a number, used as `Annotated[int, Range(1)]`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def resolve(target: Any, kind: type) -> Callable[..., Any]:
+    """The class `target` if it subclasses `kind`, or the function `target` if it is annotated to return `kind`.
+
+    Raises UserError for anything else, in particular for a name that merely can be reached through our modules
+    (`torch.optim.adam.torch.os.system`).
+    """
+    module, _, name = str(target).rpartition(".")
+    refusal = UserError(f"_target_={target}: not a {kind.__name__} of {' or '.join(h.rstrip('.') for h in HOMES)}")
+    if not str(target).startswith(HOMES):
+        raise refusal
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise refusal from None
+    if not f"{getattr(found, '__module__', '')}.".startswith(HOMES) or found is kind:
+        raise refusal
+    if inspect.isclass(found) and issubclass(found, kind):
+        return found
+    if inspect.isfunction(found) and hints_of(found).get("return") is kind:
+        return found
+    raise refusal
+
+
+def build(where: str, config: Mapping[str, Any], kind: type, **facts: Any) -> Any:
+    """Call `config["_target_"]` with the other values of `config`, checked, and with `facts`, which the program knows.
+
+    `where` is the config group, for the messages ("model.n_residual=-1: ...").
+    """
+    target, values = inspect_config(where, config, kind, facts)
+    try:
+        return target(**facts, **values)
+    except UserError:
+        raise
+    except Exception as error:
+        if target.__module__.startswith(HOMES[0]) and not isinstance(error, ValueError):
+            raise  # a fault of the program; a library has many words for a value that it does not take
+        raise UserError(f"{where}: {error}") from error
+
+
+def inspect_config(
+    where: str, config: Mapping[str, Any], kind: type, known: Collection[str]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The target of a config and its checked values, before all that is `known` only later is at hand."""
+    if not isinstance(config, Mapping) or not isinstance(config.get("_target_"), str):
+        raise UserError(f"{where}: must be settings with a _target_; leave it out with ~{where}, or choose another")
+    target = resolve(config["_target_"], kind)
+    values = {key: value for key, value in config.items() if key != "_target_"}
+    check(where, target, values, known)
+    return target, values
+
+
+def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], known: Collection[str] = ()) -> None:
+    """Check names, types and ranges of `values` against the annotations of `function`.
+
+    `known` are the arguments the program fills in; they are neither checked nor missing. `where` may be empty.
+    """
+    prefix = where and where + "."
+    parameters = inspect.signature(function).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key in values:
+        if key in known or (key not in parameters and not open_ended):
+            settings = [name for name in parameters if name not in known]
+            raise UserError(f"{prefix}{key}: there is no such setting; {closest(key, settings)}")
+    check_values(where, function, values)
+    for key, parameter in parameters.items():
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        required = parameter.default is parameter.empty and not variadic
+        if required and key not in known and key not in values:
+            raise UserError(f"{prefix}{key} is missing; type {prefix}{key}=...")
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Its annotations, but for those that name what only type checkers import, as some in torch's schedulers do."""
+    hints, function = {}, inspect.unwrap(function)
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        alone = types.SimpleNamespace(__annotations__={name: annotation})
+        with contextlib.suppress(NameError):
+            hints |= get_type_hints(alone, function.__globals__, include_extras=True)
+    return hints
+
+
+def check_values(where: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Check types and ranges of `values`, as far as the annotations of `function` tell of them."""
+    hints = hints_of(function.__init__ if inspect.isclass(function) else function)
+    for key, value in values.items():
+        if fits(value, hint := hints.get(key, Any)):
+            continue
+        key = f"{where and where + '.'}{key}"
+        quotes = f"; type '{key}=\"...\"'" if value is not None and fits("", hint) else ""
+        raise UserError(f"{key}={value}: must be {describe(hint)}{quotes}")
+
+
+def check_parts(settings: Mapping[str, Any]) -> None:
+    """Check the values in those groups whose targets can be imported without Lightning, which takes seconds.
+
+    What is missing, or known to the program alone, is told where a part is built.
+    """
+    from torch import Tensor, nn, optim
+
+    kinds: dict[str, type] = {"model": nn.Module, "likelihood": nn.Module, "sampler": Tensor}
+    kinds |= {"optimizer": optim.Optimizer, "scheduler": optim.lr_scheduler.LRScheduler}
+    for group, kind in kinds.items():
+        match settings.get(group):
+            case {"_target_": str(target), **values}:
+                check_values(group, resolve(target, kind), values)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value fits a type annotation; an int passes for a float, a bool for neither."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is dict:
+        return isinstance(value, dict)
+    if origin is Annotated:
+        bounds = [extra for extra in arguments[1:] if isinstance(extra, Range)]
+        return fits(value, arguments[0]) and all(value is None or b.low <= value <= b.high for b in bounds)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(fits(v, arguments[0]) for v in value)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(arguments) and all(map(fits, value, arguments))
+    if hint in (None, type(None)):
+        return value is None
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return not inspect.isclass(hint) or isinstance(value, hint)
+
+
+def describe(hint: Any) -> str:
+    """A type annotation in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        bounds = next(extra for extra in arguments[1:] if isinstance(extra, Range))
+        low = f" >= {bounds.low:g}" if bounds.low > -math.inf else ""
+        high = f" <= {bounds.high:g}" if bounds.high < math.inf else ""
+        return describe(arguments[0]) + " and".join(filter(None, (low, high)))
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(option) for option in arguments if option in WORDS or get_origin(option))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is list:
+        return f"a list [...], each {describe(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)}, each {describe(arguments[0])}"
+    return WORDS.get(hint, str(hint))

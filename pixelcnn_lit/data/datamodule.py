@@ -1,0 +1,197 @@
+"""The one LightningDataModule: a source's images, split, transformed and served."""
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import lightning as L
+
+from pixelcnn_lit.checkpoints.read import require_same
+from pixelcnn_lit.config.build import Range, check, resolve
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.data.images import Images, Split, carve_validation, fingerprint, verify
+from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, loader
+from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, quantise, resize
+from pixelcnn_lit.runs.run_dir import expanded
+
+
+class ImageData(L.LightningDataModule):
+    """Serve (x uint8 [B,C,H,W], y int64 [B]) for training, validation and test.
+
+    After `setup`, `facts` holds what network and likelihood need to know of the data, `label` the name under which a
+    bpd on it may be reported, and `train`, `validation`, `test` the splits. `seed` orders the training batches;
+    the validation split is the same for every seed.
+
+    Args:
+        load: the source; called once.
+        batch_size: over all processes together.
+        levels: requantise to so many levels; 2 binarizes, by threshold ("static") or by chance ("dynamic").
+        resize, pad, horizontal_flip, random_crop: each changes the label.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Images],
+        *,
+        name: str,
+        seed: int = 0,
+        batch_size: Annotated[int, Range(1)] = 128,
+        num_workers: Annotated[int, Range(0)] = 2,
+        validation_fraction: Annotated[float, Range(0, 1)] = 0.1,
+        levels: Annotated[int, Range(2, 256)] | None = None,
+        binarization: Literal["static", "dynamic"] = "static",
+        resize: Annotated[int, Range(1)] | None = None,
+        pad: Annotated[int, Range(0)] = 0,
+        horizontal_flip: bool = False,
+        random_crop: Annotated[int, Range(0)] = 0,
+    ) -> None:
+        super().__init__()
+        self.load, self.title, self.seed = load, name, seed
+        self.batch_size, self.num_workers, self.validation_fraction = batch_size, num_workers, validation_fraction
+        self._wanted_levels, self.dynamic = levels, levels == 2 and binarization == "dynamic"
+        self.resize, self.pad, self.horizontal_flip, self.random_crop = resize, pad, horizontal_flip, random_crop
+
+    def setup(self, stage: str | None = None) -> None:
+        if hasattr(self, "train"):
+            return
+        images = self.load()
+        verify(images, self.title)
+        if images.validation is None:
+            images.train, images.validation = carve_validation(images.train, self.validation_fraction, seed=0)
+        self.class_names = images.class_names
+        self._source_levels = images.levels
+        self.levels = self._wanted_levels or images.levels
+        if self.levels > images.levels:
+            raise UserError(f"dataset.levels={self.levels}: {self.title} has {images.levels}; type that or less")
+        # Of the images as they come: the last bits of a resized one differ between machines.
+        self._fingerprints = {name: fingerprint(split) for name, split in images.splits().items()}
+        framed = {name: self._frame(split) for name, split in images.splits().items()}
+        shown = {name: self._requantise(split) for name, split in framed.items()}
+        self.train, self.validation, self.test = shown["train"], shown["validation"], shown["test"]
+        # What training batches are gathered from: under dynamic binarization the grey images, drawn anew each time.
+        self._drawn_from = framed["train"] if self.dynamic else self.train
+        self._augmentations = self._plan_augmentations()
+
+    def _frame(self, split: Split) -> Split:
+        x = resize(split.x, self.resize) if self.resize else split.x
+        return Split(pad(x, self.pad) if self.pad else x, split.y)
+
+    def _requantise(self, split: Split) -> Split:
+        if self.dynamic:
+            return Split(binarize_by_index(split.x, self._source_levels, seed=0), split.y)
+        if self.levels == self._source_levels:
+            return split
+        return Split(quantise(split.x, self._source_levels, self.levels), split.y)
+
+    def _plan_augmentations(self) -> list[Augmentation]:
+        """In their order, as plain functions that worker processes can be sent."""
+        plan: list[tuple[Any, Augmentation]] = [
+            (self.horizontal_flip, flip),
+            (self.random_crop, partial(crop, margin=self.random_crop)),
+            (self.dynamic, partial(binarize, levels=self._source_levels)),
+        ]
+        return [augmentation for wanted, augmentation in plan if wanted]
+
+    FACTS = ("image_shape", "num_classes", "levels", "class_names")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What network and likelihood are built from; stored in the checkpoint."""
+        values = (list(self.train.x.shape[1:]), len(self.class_names), self.levels, list(self.class_names))
+        return dict(zip(self.FACTS, values, strict=True))
+
+    @property
+    def label(self) -> str:
+        """The dataset as scored and trained on: a bpd under another label is not comparable."""
+        channels, height, width = self.train.x.shape[1:]
+        changes = [
+            (self.resize, f"resized to {self.resize}"),
+            (self.pad, f"padded by {self.pad}"),
+            (self.levels == 2 < self._source_levels, f"{'dynamic' if self.dynamic else 'static'} binarization"),
+            (self.horizontal_flip, "trained with flips"),
+            (self.random_crop, f"trained with crops of {self.random_crop}"),
+        ]
+        return ", ".join(
+            [
+                f"{plain_name(self.title)} {channels}×{height}×{width}",
+                f"{self.levels} levels",
+                *(t for on, t in changes if on),
+            ]
+        )
+
+    def state_dict(self) -> dict[str, str]:
+        """The fingerprint of each split, which Lightning keeps in a run's checkpoints under the name of this class."""
+        return self._fingerprints
+
+    def changed_since(self, checkpoint: dict[str, Any], *splits: str) -> str | None:
+        """What is different about the first of these splits that is not as in a checkpoint's run, if that is known."""
+        kept = checkpoint.get(type(self).__qualname__)
+        before = kept if isinstance(kept, dict) else {}  # it has none if it is from before there were fingerprints
+        for name in splits:
+            now = self._fingerprints[name]
+            if before.get(name, now) != now:
+                return f"its {name} split was {before[name]}, here it is {now}"
+        return None
+
+    def train_dataloader(self) -> LazyLoader:
+        batches = self._batches(self.train, shuffle=True)
+        if not len(batches):
+            raise UserError(f"dataset.batch_size={self.batch_size}: more than the {len(self.train)} training images")
+        return loader(Gather(self._drawn_from, self._augmentations), batches, self.num_workers)
+
+    def val_dataloader(self) -> LazyLoader:
+        return self.score_dataloader(self.validation)
+
+    def test_dataloader(self) -> LazyLoader:
+        return self.score_dataloader(self.test)
+
+    def score_dataloader(self, split: Split) -> LazyLoader:
+        """Every image of a split once, in order, as it is scored."""
+        return loader(Gather(split), self._batches(split, shuffle=False), self.num_workers)
+
+    def _batches(self, split: Split, *, shuffle: bool) -> Batches:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.batch_size % world:
+            raise UserError(f"dataset.batch_size={self.batch_size}: type a multiple of the {world} processes")
+        repeat = self.trainer is not None and bool(self.trainer.overfit_batches)  # pyright: ignore[reportAttributeAccessIssue]
+        own = {"shuffle": shuffle, "repeat": repeat, "seed": self.seed, "rank": rank, "world": world}
+        return Batches(len(split), self.batch_size // world, **own)
+
+
+def plain_name(name: str) -> str:
+    """A dataset's name as results carry it; where it is a path, as of npz files and folders, its last part."""
+    return Path(name).name.removesuffix(".npz")
+
+
+def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:
+    """The DataModule of a dataset config: keys that its `_target_` names go to the source, the others to ImageData.
+
+    Everything is checked before anything is read.
+    """
+    source = resolve(config.get("_target_"), Images)
+    own = inspect.signature(source).parameters
+    arguments = {key: expanded(value) for key, value in config.items() if key in own}
+    options = {key: value for key, value in config.items() if key not in own and key != "_target_"}
+    check("dataset", source, arguments)
+    check("dataset", ImageData, options, known=("load", "seed"))
+    return ImageData(partial(source, **arguments), seed=seed, **options)
+
+
+def saved_or_given(ckpt: str, saved: dict[str, Any], given: dict[str, Any]) -> ImageData:
+    """The dataset of a checkpoint, of whose settings `saved` are, with what was typed changed in it; or another one.
+
+    It is set up. Raises UserError unless its images are of the kind that the checkpoint's model knows.
+    """
+    typed = {key: value for key, value in given.items() if value is not None}
+    data = image_data(typed if "_target_" in typed else saved["dataset"] | typed)
+    data.setup()
+    require_same(ckpt, saved, data.facts)
+    return data
+
+
+def uniform_bpd(levels: int) -> float:
+    """The bpd of knowing nothing: log2 of the number of levels."""
+    return math.log2(levels)

@@ -1,0 +1,51 @@
+"""What changes images: once at loading, or anew in each batch."""
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from pixelcnn_lit.nn.noise import uniform
+from pixelcnn_lit.runs.terminal import progress
+
+
+def resize(x: Tensor, size: int) -> Tensor:
+    """uint8 [N,C,H,W] with the shorter side scaled to `size` (bilinear, antialiased): other pixels, another dataset."""
+    chunks = [F.resize(chunk, [size], antialias=True) for chunk in progress(x.split(1024), desc="resizing")]
+    return torch.cat(chunks)
+
+
+def pad(x: Tensor, width: int) -> Tensor:
+    """uint8 [N,C,H,W] with `width` black pixels on each side."""
+    return torch.nn.functional.pad(x, (width,) * 4)
+
+
+def quantise(x: Tensor, old: int, new: int) -> Tensor:
+    """Levels 0..old-1 to 0..new-1 in bins of equal width, in integers. With `new=2`: the threshold at half."""
+    return (x.int() * new).div(old, rounding_mode="floor").to(torch.uint8)
+
+
+def binarize_by_index(x: Tensor, levels: int, seed: int) -> Tensor:
+    """Draw each pixel white with probability x / (levels - 1); image n's draw is a function of (seed, n)."""
+    draws = [uniform((seed, n), tuple(x.shape[1:])) for n in progress(range(len(x)), desc="binarizing")]
+    return torch.stack([u < image / (levels - 1) for u, image in zip(draws, x, strict=True)]).to(torch.uint8)
+
+
+def flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image [B,C,H,W] left to right with probability one half."""
+    mirrored = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+
+def crop(x: Tensor, generator: torch.Generator, margin: int) -> Tensor:
+    """Shift each image [B,C,H,W] by up to `margin` pixels each way; black comes in at the edges."""
+    b, _, h, w = x.shape
+    padded = torch.nn.functional.pad(x, (margin,) * 4)
+    down, right = torch.randint(2 * margin + 1, (2, b), generator=generator)
+    rows = down[:, None] + torch.arange(h)
+    columns = right[:, None] + torch.arange(w)
+    return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def binarize(x: Tensor, generator: torch.Generator, levels: int) -> Tensor:
+    """Draw each pixel white with probability x / (levels - 1), anew each time (dynamic binarization)."""
+    return (torch.rand(x.shape, generator=generator) < x / (levels - 1)).to(torch.uint8)

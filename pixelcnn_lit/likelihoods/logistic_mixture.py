@@ -1,0 +1,114 @@
+"""Everything that happens inside one pixel: from a network's features to the probability of its channels."""
+
+import math
+from itertools import combinations
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixelcnn_lit.config.build import Range
+
+
+class LogisticMixture(nn.Module):
+    """A mixture of K discretised logistics: p(x) = sum_k pi_k prod_c P(x_c | mean_ck, scale_ck).
+
+    P(v) is the mass that a logistic has between the edges of level v's bin, where the first bin reaches down to
+    -infinity and the last up to +infinity. The mean of channel c is linear in the channels before it:
+    mean_ck + sum_{b<c} a_bck x_b, all on the scale on which levels are [-1, 1]. The weights pi_k belong to the pixel
+    and not to a channel, so p(x_c | x_<c) is again a mixture, in which component k counts as much as it explains x_<c.
+    Salimans et al. 2017, PixelCNN++ (arXiv 1701.05517), equations 1 to 3. What differs: every mass is exact, and not a
+    density times a width where it is small, so they sum to 1; features of zero are components spread over the greys.
+    a_bck is the tanh of a feature, as published: in bf16 it is then finest near 1, where "as much as red" lies.
+
+    Args:
+        image_shape, levels: facts of the data.
+        n_mixtures: K.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], levels: int, n_mixtures: Annotated[int, Range(1, 1000)] = 10
+    ) -> None:
+        super().__init__()
+        self.channels, self.levels, self.n_mixtures = image_shape[0], levels, n_mixtures
+        self.pairs = list(combinations(range(self.channels), 2))
+        self.groups = 1 + 2 * self.channels + len(self.pairs)  # of K features: weights, means, log-scales, coefficients
+        self.out_channels = self.groups * n_mixtures
+        # As published, -7 at 256 levels: a bin is at most 8.6 scales wide, and holds at most 0.97 of a logistic. Below
+        # it nothing is gained, and gradients, which go with 1/scale, blow up. Above the ceiling masses underflow.
+        self.floor, self.ceiling = math.log(2 / (levels - 1)) - 2.15, 5.0
+
+    def channel_logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
+        """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32."""
+        with torch.autocast(features.device.type, enabled=False):
+            groups = self._groups(features)
+            joint = sum((self._log_mass(groups, x, b) for b in range(c)), start=groups[0])
+            components = (joint.log_softmax(-1), *self._logistic(groups, x, c))
+            pieces = zip(*(part.flatten(0, -2).split(512) for part in components), strict=True)
+            # [pixels,K,V] is large for a whole map, and in pieces it stays in the processor's caches.
+            logits = torch.cat([self._every_level(*piece) for piece in pieces])
+            return logits.unflatten(0, joint.shape[:-1]).movedim(-1, 1)
+
+    def log_prob(self, features: Tensor, x: Tensor) -> Tensor:
+        """Nats of each value: features [B,D,H,W], x uint8 [B,C,H,W] -> [B,C,H,W]."""
+        with torch.autocast(features.device.type, enabled=False):
+            groups = self._groups(features)
+            joint = [groups[0]]  # log pi_k p_k(x_<c) of every c, up to the constant that the first one sums to
+            for c in range(self.channels):
+                joint.append(joint[-1] + self._log_mass(groups, x, c))
+            totals = torch.stack([each.logsumexp(-1) for each in joint], dim=1)
+            return totals[:, 1:] - totals[:, :-1]
+
+    def _groups(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Features [B,D,...] as groups [B,...,K], which channels-last memory has side by side."""
+        h = features.movedim(1, -1).unflatten(-1, (self.groups, self.n_mixtures))
+        return (h + self.start(h.device, torch.promote_types(h.dtype, torch.float32))).unbind(-2)
+
+    def start(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The groups, [D/K,K], of features that are zero: equal weights, means side by side, scales that just overlap.
+
+        Not a buffer, which an EMA would average, and so round.
+        """
+        start = torch.zeros(self.groups, self.n_mixtures, device=device, dtype=dtype)
+        last = 1 - 1 / self.n_mixtures
+        means, log_scales = start[1 : 1 + 2 * self.channels].chunk(2)
+        means.copy_(torch.linspace(-last, last, self.n_mixtures, device=device, dtype=dtype))
+        log_scales.fill_(math.log(max(1 / (self.n_mixtures + 1), 1 / (self.levels - 1))))
+        return start
+
+    def _logistic(self, groups: tuple[Tensor, ...], x: Tensor, c: int) -> tuple[Tensor, Tensor]:
+        """Mean and log-scale of channel c given the channels before it, [B,...,K]."""
+        mean = groups[1 + c]
+        for b in range(c):
+            slope = groups[1 + 2 * self.channels + self.pairs.index((b, c))].tanh()
+            mean = torch.addcmul(mean, slope, self._centre(x[:, b, ..., None].to(mean.dtype)))
+        return mean, groups[1 + self.channels + c].clamp(self.floor, self.ceiling)
+
+    def _centre(self, level: Tensor) -> Tensor:
+        return level * (2 / (self.levels - 1)) - 1
+
+    def _log_mass(self, groups: tuple[Tensor, ...], x: Tensor, c: int) -> Tensor:
+        """log P(x_c) of each component, [B,...,K].
+
+        For s the logistic function, s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)): none of the three cancels or vanishes.
+        """
+        mean, log_scale = self._logistic(groups, x, c)
+        level = x[:, c, ..., None]
+        has_lower, has_upper = (level > 0).to(mean.dtype), (level < self.levels - 1).to(mean.dtype)
+        per_scale = log_scale.neg().exp()
+        centre = (self._centre(level.to(mean.dtype)) - mean) * per_scale
+        half = per_scale / (self.levels - 1)
+        upper, lower = F.logsigmoid(centre + half) * has_upper, F.logsigmoid(half - centre) * has_lower
+        return upper + lower + torch.log(-torch.expm1(-2 * half)) * (has_lower * has_upper)
+
+    def _every_level(self, log_weight: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+        """log sum_k weight_k P_k(v) for all v: three of [N,K] -> [N,V]. A bin's upper edge is the next one's lower."""
+        per_scale = log_scale.neg().exp()
+        edges = self._centre(torch.arange(self.levels - 1, dtype=mean.dtype, device=mean.device) + 0.5)
+        edges = (edges - mean[..., None]) * per_scale[..., None]  # [N,K,V-1]
+        below = F.logsigmoid(edges)
+        mass = F.pad(below, (0, 1))
+        mass[..., 1:] += below - edges  # log s(-e) = log s(e) - e
+        mass[..., 1:-1] += torch.log(-torch.expm1(-2 * per_scale / (self.levels - 1)))[..., None]
+        return (mass + log_weight[..., None]).logsumexp(-2)

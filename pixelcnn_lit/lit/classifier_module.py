@@ -1,0 +1,137 @@
+"""The LightningModule for every classifier, and loading it from a checkpoint."""
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from pixelcnn_lit.checkpoints.load import rebuild
+from pixelcnn_lit.config.build import build
+from pixelcnn_lit.lit.metrics import accuracy, share_buffers
+from pixelcnn_lit.optim.schedulers import optimization
+
+
+class Classifier(L.LightningModule):
+    """p(y | x) of images, trained by cross-entropy.
+
+    All arguments are plain values; they are stored in the checkpoint, which therefore rebuilds itself.
+
+    Args:
+        classifier: config of the network.
+        mean, std: of each channel over the training images, as shares of the brightest level.
+        image_shape, num_classes, levels, class_names: facts of the data.
+        label: the dataset's name with all that was changed in it.
+        dataset: config of the dataset.
+        optimizer, scheduler: configs; a scheduler of None keeps the learning rate.
+    """
+
+    TITLE = "classifier"
+    LOSS = "loss"
+    MONITOR = ("val/accuracy", "max")
+    IDENTITY = ("classifier",)
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        classifier: dict[str, Any],
+        mean: list[float],
+        std: list[float],
+        image_shape: list[int],
+        num_classes: int,
+        levels: int,
+        class_names: list[str],
+        label: str,
+        dataset: dict[str, Any],
+        optimizer: dict[str, Any],
+        scheduler: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        shape = tuple(image_shape)
+        self.net: Any = build("classifier", classifier, nn.Module, image_shape=shape, num_classes=num_classes)
+        for name, own in (("mean", mean), ("std", std)):
+            values = torch.tensor(getattr(self.net, name, own), dtype=torch.float32)
+            self.register_buffer(name, values[:, None, None], persistent=False)
+        self.levels, self.figures = levels, {}
+        self.optimizer_config, self.scheduler_config = optimizer, scheduler
+        self.confusion: Metric = MulticlassConfusionMatrix(num_classes)
+        self.loss: Metric = MeanMetric(nan_strategy="disable")
+        self.example_input_array = torch.zeros(1, *shape, dtype=torch.uint8)  # for the summary of the model
+        self.to(memory_format=torch.channels_last)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Images uint8 [B,C,H,W] as the network takes them."""
+        return ((x.float() / (self.levels - 1) - self.mean) / self.std).to(self.mean.dtype)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head reads of images uint8 [B,C,H,W]: [B,F]."""
+        return self.net.body(self.scaled(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B,num_classes] of images uint8 [B,C,H,W], in float32 or finer."""
+        logits = self.net.head(self.features(x))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("train/loss_step", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        x, y = batch
+        with torch.autocast(self.device.type, enabled=False):
+            logits = self(x)
+        self.confusion.update(logits, y)
+        self.loss.update(F.cross_entropy(logits, y), weight=len(y))
+
+    def on_validation_epoch_start(self) -> None:
+        share_buffers(self.trainer, self.net)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    test_step, on_test_epoch_start = validation_step, on_validation_epoch_start
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        self.counted: Tensor = self.confusion.compute().cpu()  # [class, class that it was taken for]
+        figures = {f"{split}/accuracy": accuracy(self.counted), f"{split}/loss": float(self.loss.compute())}
+        self.confusion.reset()
+        self.loss.reset()
+        self.figures = figures | {f"{split}/images": int(self.counted.sum())}
+        self.log_dict(figures, prog_bar=True, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["scored"] = self.figures
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.figures = checkpoint["scored"]
+
+    @staticmethod
+    def epoch_line(loss: float, figures: dict[str, Tensor]) -> str:
+        """What an epoch has brought, from its mean loss and the last scores."""
+        scored = f", val {figures['val/accuracy']:.2%}" if "val/accuracy" in figures else ""
+        return f"train loss {loss:.4f}{scored}"
+
+    @staticmethod
+    def best_figure(score: float) -> dict[str, float]:
+        """The best score as the HPARAMS page shows it."""
+        return {"best/val_accuracy": score}
+
+    def configure_optimizers(self) -> Any:
+        return optimization(self, self.optimizer_config, self.scheduler_config, monitor="val/loss")
+
+
+def load_classifier(path: str) -> Classifier:
+    """The classifier of a .ckpt file: see `rebuild`."""
+    return rebuild(path, Classifier)

@@ -1,0 +1,99 @@
+"""What the machine is fast at, and how much of it a command takes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from pixelcnn_lit.config.build import Range
+
+MOST_THREADS = 1024
+Threads = Annotated[int, Range(1, MOST_THREADS)] | None  # as a command takes them: see `chosen_threads`
+# `step_work` from which on several threads are worth it. Beside four other programs on two cores, a training step on
+# two threads was 0.2 to 0.35 times as fast as on one up to 2e10, 0.6 at 4e10, and 0.8 at 1e11; alone on them it gains.
+LARGE = 5e10
+
+
+def fast_bf16(accelerator: str) -> bool:
+    """Whether bf16 is native there: CUDA since Ampere; CPUs with AMX or AVX-512 BF16. Apple's GPUs train in float32."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator != "cpu" and torch.backends.mps.is_available():
+        return False
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def best_device() -> torch.device:
+    """Where to sample: the accelerator of this machine, if it has one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        here = min(here, -(-int(quota) // int(period)))
+    return here
+
+
+def chosen_threads(typed: int | None, work: float = 0, processes: int = 1) -> int:
+    """How many threads of the CPU each of the `processes` takes.
+
+    That is the number `typed`; or OMP_NUM_THREADS; or one, and of `work` that is LARGE all cores that are a process's
+    share. Never what the machine has to spare just now: the order of sums, and so their last bits, depend on it.
+    """
+    if typed is not None:
+        return typed
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # OpenMP takes one for each nested level
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return max(1, cores() // processes) if work >= LARGE else 1
+
+
+def step_work(module: nn.Module, image_shape: tuple[int, ...] | list[int], images: int) -> float:
+    """Roughly the products in one pass of so many images [C,H,W]: parameters times pixels times images."""
+    return float(sum(p.numel() for p in module.parameters()) * image_shape[1] * image_shape[2] * images)
+
+
+def take_threads(typed: int | None, work: float = 0, processes: int = 1) -> int:
+    """Let torch have `chosen_threads`, and return their number."""
+    threads = chosen_threads(typed, work, processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+@contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """So many threads for a while, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def processes_of(threads: int) -> int:
+    """How many processes of so many threads the machine has cores for."""
+    return max(1, cores() // threads)
+
+
+def say_threads(device: torch.device, threads: int, processes: int = 1, what: str = "") -> None:
+    """Print a line on what is taken of the CPU, and what to type for another number; nothing on another device."""
+    if device.type != "cpu":
+        return
+    here = cores()
+    taken = f"{threads} of {here} CPU threads" if threads <= here else f"{threads} CPU threads on {here} cores"
+    taken += f" {what}" if what else ""
+    if processes > 1:
+        taken += f" in each of up to {processes} processes"
+    elif threads < here:
+        taken += f" (type threads={here} for more)"
+    elif threads > 1:
+        taken += " (type threads=1 beside other programs)"
+    print(taken, flush=True)

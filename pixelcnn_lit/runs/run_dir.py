@@ -1,0 +1,72 @@
+"""The job that runs: the directory it writes into, what was typed, the time it has taken."""
+
+import contextlib
+import itertools
+import os
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from pixelcnn_lit.config.errors import UserError
+
+
+def run_dir() -> Path:
+    """The directory of the job that runs: `run_dir`, or a numbered one inside it in a sweep."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def typed() -> list[str]:
+    """What was typed for the job that runs, word for word: Hydra's list of it would resolve what looks like ${...}."""
+    return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # pyright: ignore
+
+
+_began = time.perf_counter()
+
+
+def start_clock() -> None:
+    """A command begins, or a job of a sweep."""
+    global _began
+    _began = time.perf_counter()
+
+
+def seconds_so_far() -> float:
+    return time.perf_counter() - _began
+
+
+def new_dir(parent: str) -> str:
+    """A directory inside `parent` that nobody else has, named after the time."""
+    Path(parent).mkdir(parents=True, exist_ok=True)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    for path in (f"{parent}/{name}{suffix}" for suffix in itertools.chain([""], map("_{}".format, itertools.count(2)))):
+        with contextlib.suppress(FileExistsError):
+            Path(path).mkdir()
+            return path
+    raise AssertionError("unreachable")
+
+
+OmegaConf.register_new_resolver("new_dir", new_dir, use_cache=True, replace=True)
+
+
+def shown(path: Path | str) -> str:
+    """A path as it is printed: from the folder the user stands in. It can be typed, too, whatever its first name is."""
+    path = os.path.relpath(path)
+    return f"./{path}" if path.startswith(("~", "-")) or path == "???" else path
+
+
+def expanded(value: Any) -> Any:
+    """A path that begins with ~, from the root on; anything else as it is."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def directory(value: str | None) -> str:
+    """The directory that `run_dir` names."""
+    if value is None:
+        raise UserError("run_dir=null: must be a directory; leave it out for a new one")
+    return expanded(str(value))
+
+
+OmegaConf.register_new_resolver("directory", directory, replace=True)

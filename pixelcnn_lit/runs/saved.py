@@ -1,0 +1,159 @@
+"""Which run goes on, from where, and with which settings."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import MISSING, OmegaConf, open_dict
+
+from pixelcnn_lit.config.errors import UserError, first_line
+from pixelcnn_lit.runs.run_dir import expanded, new_dir, shown, typed
+
+WEIGHTS = Path(__file__).parents[1] / "weights"  # those that the package ships with; README.md there tells of each
+CONFIG = "config.yaml"  # beside the checkpoints: all settings of the run
+CONTROLS = ("run_dir", "ckpt", "skip_completed", "debug")  # are typed for one command, and are no settings of the run
+CHANGEABLE = ("trainer", "callbacks", "dataset.root", "dataset.path", "threads")  # when it goes on
+
+
+def run_of(ckpt: str | None, parent: str) -> str:
+    """The directory of the run that a checkpoint belongs to; a new one inside `parent` where there is no checkpoint."""
+    if ckpt is None:
+        return new_dir(parent)
+    if ckpt == "last":
+        raise UserError("ckpt=last: of which run? type run_dir=DIRECTORY too")
+    path = Path(expanded(str(ckpt)))
+    directory = path if path.is_dir() else path.parent.parent
+    if not path.exists() or not (directory / CONFIG).is_file():
+        raise UserError(
+            f"ckpt={ckpt}: no run, and no checkpoint of one; type RUN_DIR, or RUN_DIR/checkpoints/last.ckpt"
+        )
+    return str(directory)
+
+
+OmegaConf.register_new_resolver("run_of", run_of, use_cache=True, replace=True)
+
+
+def checkpoint_file(ckpt: str, setting: str = "ckpt") -> Path:
+    """The file that `ckpt` names: a path, the name of weights that the package brings along, or the directory of a run.
+
+    Of a run it is the checkpoint best on validation. Raises UserError where there is no such file.
+    """
+    pretrained = {file.stem: file for file in WEIGHTS.glob("*.safetensors") if setting == "ckpt"}
+    known = ", ".join(["the path of a .ckpt or .safetensors, a RUN_DIR", *sorted(pretrained)])
+    if ckpt == MISSING:
+        raise UserError(f"{setting} is missing; type {setting}= and {known}")
+    path = pretrained.get(ckpt, Path(ckpt))
+    best = path / "checkpoints" / "best.ckpt"
+    if path.is_file() or best.is_file():
+        return path if path.is_file() else best
+    wrong = "no checkpoints/best.ckpt in it" if path.is_dir() else "no such file"
+    raise UserError(f"{setting}={ckpt}: {wrong}; type {known}")
+
+
+def last_checkpoint(directory: Path) -> Path:
+    return directory / "checkpoints" / "last.ckpt"
+
+
+def starting_point(directory: Path, ckpt: str | None, or_anew: bool) -> Path | None:
+    """The checkpoint to go on from in `directory`, or None to start; `or_anew` takes what there is."""
+    last = last_checkpoint(directory)
+    for requeued in directory.glob("hpc_ckpt_*"):  # Lightning would take it before all others, and check nothing
+        raise UserError(f"{shown(requeued)}: none of this program's; remove it")
+    if ckpt not in (None, "last"):
+        path = Path(ckpt)
+        if not path.exists():
+            raise UserError(f"ckpt={ckpt}: no such file; type ckpt=last")
+        if (path if path.is_dir() else path.absolute().parent.parent).resolve() != directory.resolve():
+            raise UserError(f"ckpt={ckpt}: of another run; leave out run_dir, or type ckpt=last")
+        if path.is_file():
+            return path
+    if last.is_file() and (ckpt or or_anew or "SLURM_RESTART_COUNT" in os.environ):
+        return last
+    if ckpt:
+        raise UserError(f"run_dir={shown(directory)}: nothing was saved there yet; leave out ckpt")
+    if last.is_file():
+        raise UserError(f"run_dir={shown(directory)}: holds a run; type ckpt=last to go on, or another run_dir")
+    return None
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """No other process trains in the directory meanwhile. The lock of a process that dies is gone with it."""
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"run_dir={shown(directory)}: another process trains there; type another run_dir") from None
+    except (NotImplementedError, OSError):
+        pass  # a filesystem without locks
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def typed_settings() -> list[str]:
+    """What was typed that is a setting of the run."""
+    parsed = OverridesParser.create().parse_overrides(typed())
+    return [text for text, o in zip(typed(), parsed, strict=True) if o.key_or_group not in CONTROLS]
+
+
+def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
+    """The settings saved in a run's directory, with the `changes` typed of those that are CHANGEABLE made in them.
+
+    What an override changes is told by composing conf/ with it and without. Raises UserError if it changes more.
+    """
+    path = directory / CONFIG
+    try:
+        saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        before = _composed(saved["overrides"])
+        assert isinstance(saved["callbacks"], dict)
+    except Exception as error:  # yaml and a stranger's contents have many
+        raise UserError(
+            f"{path}: damaged or not of this program ({first_line(error)}); it holds the settings"
+        ) from error
+    for name, callback in saved["callbacks"].items():
+        for key, value in callback.items() if isinstance(callback, dict) else ():
+            if value and ("path" in key or "dir" in key or (key == "filename" and "/" in str(value))):
+                raise UserError(f"{path}: callbacks.{name} would write elsewhere; remove its {key}")
+    if changes:
+        both = [*saved["overrides"], *changes]
+        _take_over(saved, before, _composed(both), _composed(both, resolve=True))
+        saved["overrides"] += [override for override in changes if override not in saved["overrides"]]
+    return saved
+
+
+def _composed(overrides: list[str], resolve: bool = False) -> dict[str, Any]:
+    composed = compose(str(HydraConfig.get().job.config_name), overrides)
+    with open_dict(composed):
+        for key in composed.keys() & set(CONTROLS):  # `run_dir`, if it were read, would make a directory
+            del composed[key]
+    settings: Any = OmegaConf.to_container(composed, resolve=resolve)
+    return {"scheduler": None, **settings}
+
+
+def _take_over(
+    saved: dict[str, Any], before: dict[str, Any], after: dict[str, Any], resolved: dict[str, Any], inside: str = ""
+) -> None:
+    """Change in `saved` what differs between `before` and `after`, to what it is when `resolved`."""
+    for name in sorted({**before, **after}, key=lambda name: name != "_target_"):  # another choice is named first
+        key, old, new = f"{inside}{name}", before.get(name), after.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict) and isinstance(saved.get(name), dict):
+            _take_over(saved[name], old, new, resolved[name], f"{key}.")
+        elif not key.startswith(CHANGEABLE) or key in CHANGEABLE[:2]:
+            raise UserError(
+                f"{key} is {old} in the run and {new} here; a run goes on with its own settings: "
+                "type trainer.*, callbacks.* and threads alone"
+            )
+        elif name in after:
+            saved[name] = resolved[name]
+        else:
+            saved.pop(name, None)

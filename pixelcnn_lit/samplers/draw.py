@@ -1,0 +1,261 @@
+"""Sampling as a function of noise: three ways to one answer, and all that steers it.
+
+Image n of class y is a function of (seed, y, n) and of the model: u ~ U[0,1)^[C,H,W], and each value is the inverse of
+the cumulative distribution at its u. So the same request gives the same images, whatever the method, the batch or the
+device (up to rounding, which can move a draw that lies on a boundary), and whatever else is asked for.
+"""
+
+import copy
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from tqdm.auto import tqdm
+
+from pixelcnn_lit.config.build import Range
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.nn.noise import uniform
+from pixelcnn_lit.runs.machine import on_threads
+from pixelcnn_lit.runs.terminal import progress
+from pixelcnn_lit.runs.workers import share
+from pixelcnn_lit.samplers.pick import picker
+from pixelcnn_lit.samplers.walk import Conditioned, Watch, evaluating, fixed_point, walk
+
+
+class Pace:
+    """How fast images are drawn, by this process and perhaps others beside it.
+
+    Each is timed while it draws, and their rates are added: how long it takes another to start is not in them.
+    """
+
+    def __init__(self) -> None:
+        self._images, self._seconds = defaultdict[int, int](int), defaultdict[int, float](float)  # by process
+
+    def add(self, process: int, images: int, seconds: float) -> None:
+        self._images[process] += images
+        self._seconds[process] += seconds
+
+    @property
+    def images_per_second(self) -> float:
+        return sum(images / self._seconds[process] for process, images in self._images.items())
+
+    def __str__(self) -> str:
+        """The end of a phrase; empty where nobody was timed, as by a sampler that does not."""
+        if not self._images:
+            return ""
+        together = f" in {len(self._images)} processes" if len(self._images) > 1 else ""
+        return f", {self.images_per_second:.3g} images/s{together}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sampler is asked for, beside its own settings.
+
+    Args:
+        net, likelihood, image_shape, num_classes: the model.
+        known_classes: those it was trained on, of 0..num_classes, where `num_classes` means "no class".
+        y: the classes to draw, int64 [K].
+        image, known: uint8 [K,C,H,W], whose pixels are kept where bool [H,W] is true.
+        watch: called after each step or evaluation with the images so far, uint8 [K,n_per_class,C,H,W].
+        progress: whether to show a bar on a terminal.
+        processes: how many may draw on a CPU, this one among them, where nobody watches. It changes nothing but time.
+        pace: told how fast it goes.
+    """
+
+    net: nn.Module
+    likelihood: Any
+    y: Tensor
+    image_shape: tuple[int, ...]
+    num_classes: int
+    known_classes: list[int]
+    image: Tensor | None = None
+    known: Tensor | None = None
+    watch: Callable[[Tensor], None] | None = None
+    progress: bool = False
+    processes: int = 1
+    pace: Pace | None = None
+
+
+def draw(
+    request: Request,
+    *,
+    method: Literal["naive", "cached", "fixed_point"] = "cached",
+    n_per_class: Annotated[int, Range(1)] = 1,
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0,
+    temperature: Annotated[float, Range(0.001)] = 1.0,
+    top_k: Annotated[int | None, Range(1)] = None,
+    top_p: Annotated[float, Range(0.001, 1)] = 1.0,
+    guidance_scale: Annotated[float, Range(0, 100)] = 1.0,
+    mix_with: Annotated[int | None, Range(0)] = None,
+    mix_weight: Annotated[float, Range(0.001, 0.999)] = 0.5,
+    batch_size: Annotated[int, Range(1)] = 64,
+    bf16: bool = False,
+) -> Tensor:
+    """Images of each class asked for: uint8 [K,n_per_class,C,H,W].
+
+    Args:
+        method: "naive" evaluates the network on the whole image once a pixel; "cached" on the pixel or front alone,
+            where the network can step, else as "fixed_point"; "fixed_point" on the whole image until nothing changes.
+        temperature, top_k, top_p: see `sharpened`. guidance_scale, mix_with, mix_weight: see `Conditioned`.
+        batch_size: images at a time at most, which changes nothing but time and memory.
+        bf16: the network in bfloat16: faster where the machine is, and approximate.
+    """
+    refuse_steering(request.num_classes, request.known_classes, guidance_scale, mix_with)
+    net = copy.deepcopy(request.net).bfloat16() if bf16 else request.net
+    if method == "cached" and not hasattr(net, "step"):
+        method = "fixed_point"
+    drawing = Drawing(
+        net=net,
+        likelihood=request.likelihood,
+        num_classes=request.num_classes,
+        known=request.known,
+        method=method,
+        steering={"guidance_scale": guidance_scale, "mix_with": mix_with, "mix_weight": mix_weight},
+        sharpening={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+    )
+    keys = _keys(request.y, n_per_class, seed)
+    image = None if request.image is None else request.image.repeat_interleave(n_per_class, 0)
+    parts = cut(len(keys), batch_size)
+    batches = [Batch(keys[part], None if image is None else image[part]) for part in parts]
+    canvas = torch.zeros(len(keys), *request.image_shape, dtype=torch.uint8, device=request.y.device)
+    images, pace = canvas.unflatten(0, (-1, n_per_class)), request.pace or Pace()
+
+    def here(n: int) -> None:
+        began = time.perf_counter()
+        drawing.fill(canvas[parts[n]], batches[n], partial(_watched, bar, len(batches[n].keys), request.watch, images))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        pace.add(os.getpid(), len(batches[n].keys), time.perf_counter() - began)
+
+    def arrived(n: int, answer: tuple[int, float, np.ndarray]) -> None:
+        process, seconds, drawn = answer
+        canvas[parts[n]] = torch.from_numpy(drawn)
+        pace.add(process, len(drawn), seconds)
+        bar.update(drawn[:, 0].size)
+
+    divided = request.processes > 1 and canvas.device.type == "cpu" and not request.watch
+    there = partial(_drawn, _picklable(drawing), request.image_shape, torch.get_num_threads()) if divided else None
+    with _bar(canvas, request) as bar:
+        share(batches, here, there, arrived, request.processes)
+    return images
+
+
+def cut(n: int, batch_size: int) -> list[slice]:
+    """Slices of 0..n-1, as few as do with `batch_size` each, and as equal as can be."""
+    parts = -(-n // batch_size)
+    return [slice(*edges) for edges in pairwise(n * part // parts for part in range(parts + 1))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images to draw together: the key of each one's noise, (seed, class, number, 1), and what is kept of it."""
+
+    keys: list[tuple[int, int, int, int]]
+    image: Tensor | None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The model that is drawn from, and all else that is the same for each batch."""
+
+    net: nn.Module
+    likelihood: Any
+    num_classes: int
+    known: Tensor | None
+    method: str
+    steering: dict[str, Any]  # of Conditioned
+    sharpening: dict[str, Any]  # of picker
+
+    def fill(self, canvas: Tensor, batch: Batch, watch: Watch | None = None) -> None:
+        """Fill uint8 [B,C,H,W] in place with the images of a batch."""
+        y = torch.tensor([label for _, label, _, _ in batch.keys], device=canvas.device)
+        target = Conditioned(self.net, self.likelihood, y, self.num_classes, **self.steering)
+        u = torch.stack([uniform(key, tuple(canvas.shape[1:])) for key in batch.keys]).to(target.noise_device)
+        pick = picker(u, batch.image, self.known, **self.sharpening)
+        plainly = torch.autocast(canvas.device.type, enabled=False)
+        with evaluating(self.net, self.likelihood), plainly, parametrize.cached():
+            if self.method == "fixed_point":
+                fixed_point(target, pick, canvas, watch)
+            else:
+                walk(target, pick, canvas, stepwise=self.method == "cached", watch=watch)
+
+
+def _keys(y: Tensor, n_per_class: int, seed: int) -> list[tuple[int, int, int, int]]:
+    """Keys of the noise of each image; where a class is asked for again, its numbers go on."""
+    # The last number of a key sets it apart from shorter ones, which numpy fills up with zeros.
+    drawn, keys = Counter[int](), []
+    for label in y.repeat_interleave(n_per_class).tolist():
+        keys.append((seed, label, drawn[label], 1))
+        drawn[label] += 1
+    return keys
+
+
+def _picklable(drawing: Drawing) -> Drawing:
+    """The same with a copy of the model whose parametrized weights are plain tensors: torch pickles no others."""
+    both = drawing.net, drawing.likelihood
+    parts = [part for module in both for part in module.modules() if parametrize.is_parametrized(part)]
+    # Not parametrize.remove_parametrizations of a copy: it would change the class, which the copy shares.
+    net, likelihood = copy.deepcopy(both, {id(part): _plain(part) for part in parts})
+    return replace(drawing, net=net, likelihood=likelihood)
+
+
+def _plain(part: nn.Module) -> nn.Module:
+    """A module that computes the same as one with parametrizations, to be read and not trained."""
+    kind: Any = parametrize.type_before_parametrizations(part)
+    plain = kind.__new__(kind)
+    plain.__dict__.update(part.__dict__)
+    weights = {name: getattr(part, name).detach() for name in part.parametrizations}  # pyright: ignore
+    plain._buffers = part._buffers | weights
+    plain._modules = {name: child for name, child in part._modules.items() if name != "parametrizations"}
+    return plain
+
+
+def _drawn(drawing: Drawing, image_shape: tuple[int, ...], threads: int, batch: Batch) -> tuple[int, float, np.ndarray]:
+    """Draw a batch in another process: its number, the seconds that it took, and the images uint8 [B,C,H,W]."""
+    canvas = torch.zeros(len(batch.keys), *image_shape, dtype=torch.uint8)
+    began = time.perf_counter()
+    with on_threads(threads):
+        drawing.fill(canvas, batch)
+    return os.getpid(), time.perf_counter() - began, canvas.numpy()
+
+
+def _bar(canvas: Tensor, request: Request) -> tqdm:
+    hidden = None if request.progress else True  # None: hidden unless on a terminal
+    return progress(total=canvas[:, 0].numel(), unit=" pixels", unit_scale=True, desc="drawing", disable=hidden)
+
+
+def _watched(bar: tqdm, batch: int, watch: Callable[[Tensor], None] | None, images: Tensor, pixels: int) -> None:
+    bar.update(batch * pixels)
+    if watch:
+        watch(images)
+
+
+def refuse_steering(
+    num_classes: int, known_classes: list[int], guidance_scale: float = 1.0, mix_with: int | None = None
+) -> None:
+    """Raise UserError where a model cannot be steered so."""
+    if guidance_scale != 1 and (num_classes not in known_classes or len(known_classes) == 1):
+        raise UserError(
+            f"sampler.guidance_scale={guidance_scale}: wants a model that was trained with and without its class; "
+            "train with label_dropout=0.1"
+        )
+    if mix_with is not None:
+        require_known(f"sampler.mix_with={mix_with}", [mix_with], known_classes)
+    if guidance_scale != 1 and mix_with is not None:
+        raise UserError("sampler.guidance_scale and sampler.mix_with exclude each other; type one")
+
+
+def require_known(setting: str, labels: list[int], known_classes: list[int]) -> None:
+    """Raise UserError unless a `setting` asks for classes that the model was trained on."""
+    if not labels or not set(labels) <= set(known_classes):
+        known = ", ".join(map(str, known_classes))
+        raise UserError(f"{setting}: this model was trained on {known if len(known_classes) > 1 else 'no classes'}")

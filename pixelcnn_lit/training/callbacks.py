@@ -1,0 +1,179 @@
+"""What happens beside training: a stopwatch, guards, a line an epoch, hyperparameters in TensorBoard."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.runs.run_dir import seconds_so_far, shown
+from pixelcnn_lit.runs.saved import last_checkpoint
+
+
+class Stopwatch(Callback):
+    """Seconds and images of training proper, without validation and sample grids, and all seconds of the command.
+
+    A run that goes on adds to those it was cut off with.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.images, self._before = 0.0, 0, 0.0
+
+    @property
+    def all_seconds(self) -> float:
+        return self._before + seconds_so_far()
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "images": self.images, "all": self.all_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds, self.images, self._before = (state_dict[key] for key in ("seconds", "images", "all"))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    on_train_epoch_start = on_train_start  # which a run that goes on inside an epoch does not pass
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        self.seconds, self._start = self.seconds + now - self._start, now
+        self.images += len(batch[0]) * trainer.world_size
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+
+class ScoreAtTheEnd(Callback):
+    """Validate when training ends between two validations, which Lightning does not: no score, no checkpoint.
+
+    That is when `max_steps` ends it, and at the end of the last epoch where validations follow steps or the clock.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        by_the_clock = trainer._val_check_time_interval is not None  # pyright: ignore[reportAttributeAccessIssue]
+        by_epochs = trainer.check_val_every_n_epoch is not None and not by_the_clock
+        last = batch_idx + 1 == trainer.num_training_batches and trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.global_step == trainer.max_steps or (last and not by_epochs):
+            trainer.should_stop = True
+
+
+class FiniteGuard(Callback):
+    """Stops a run whose loss or weights are no numbers any more, before any such weights are kept."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._broken_at = torch.tensor(-1, device=pl_module.device)  # step; on the device, which need not wait
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        broken = ~torch.isfinite(outputs["loss"].detach()) & (self._broken_at < 0)
+        self._broken_at = torch.where(broken, trainer.global_step, self._broken_at)
+        if pl_module.device.type == "cpu" or trainer.global_step % 10 == 0:
+            self._refuse(trainer, "the loss", int(self._broken_at))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        loss = f"val/{pl_module.LOSS}"
+        if not math.isfinite(trainer.callback_metrics.get(loss, 0.0)):
+            self._refuse(trainer, loss, trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._refuse(trainer, "the loss", int(self._broken_at))
+        if not all(weight.isfinite().all() for weight in pl_module.parameters()):
+            self._refuse(trainer, "a weight", trainer.global_step)
+
+    @staticmethod
+    def _refuse(trainer: L.Trainer, what: str, step: int) -> None:
+        if step < 0:
+            return
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        good = last_checkpoint(Path(trainer.default_root_dir))
+        kept = f"the last good checkpoint is {shown(good)}" if good.is_file() else "no checkpoint was written before"
+        raise UserError(
+            f"{what} is not finite at epoch {trainer.current_epoch + 1}, step {step}, learning rate {rate:g}; {kept}; "
+            "type a smaller optimizer.lr in a new run, or trainer.precision=32-true"
+        )
+
+
+class TrainingLoss(Callback):
+    """The mean loss of an epoch, to which the part before a run was cut off counts, too."""
+
+    def __init__(self) -> None:
+        self._sum_and_batches = torch.zeros(2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sum_and_batches": self._sum_and_batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sum_and_batches = state_dict["sum_and_batches"]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._sum_and_batches = torch.zeros(2)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # by which Lightning has divided it
+        self._sum_and_batches = self._sum_and_batches.to(loss.device) + torch.stack([loss, torch.ones_like(loss)])
+
+    def mean(self) -> float:
+        """Of the epoch so far."""
+        total, batches = self._sum_and_batches.tolist()
+        return total / batches if batches else math.nan
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.log(f"train/{pl_module.LOSS}", self.mean(), sync_dist=True)
+
+
+class EpochLine(Callback):
+    """One printed line an epoch, for logs and pipes, where no progress bar is."""
+
+    def __init__(self, loss: TrainingLoss) -> None:
+        self.loss = loss
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+            where = f"epoch {trainer.current_epoch + 1}{last}, step {trainer.global_step}"
+            print(f"{where}: {pl_module.epoch_line(self.loss.mean(), trainer.callback_metrics)}", flush=True)
+
+
+class HParams(Callback):
+    """TensorBoard's HPARAMS page: settings as flat keys, beside the best figure so far, as the module names it."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.log_hyperparams(_flat(self.settings), pl_module.best_figure(float("nan")))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        best = trainer.checkpoint_callback
+        if trainer.logger and isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
+            trainer.logger.log_metrics(pl_module.best_figure(float(best.best_model_score)), trainer.global_step - 1)
+
+    on_fit_end = on_train_epoch_end  # the last score is in by now
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; what is neither number, flag nor text becomes text."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, bool, str)) else str(value)
+    return flat

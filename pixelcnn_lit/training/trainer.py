@@ -1,0 +1,132 @@
+"""The Lightning Trainer of a config, and what it takes of the CPU."""
+
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from pixelcnn_lit.config.build import check
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.optim.schedulers import timers
+from pixelcnn_lit.runs.machine import fast_bf16, say_threads, take_threads
+
+
+class EndWaitingProcesses(Callback):
+    """End the processes that Lightning started when this one fails: they would wait for it in vain.
+
+    Not at a stop while it trains: on that all processes agree.
+    """
+
+    def __init__(self) -> None:
+        self.training = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.training = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        launcher = trainer.strategy.launcher
+        agreed = self.training and isinstance(exception, SystemExit)
+        if launcher is not None and not agreed:
+            launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **extra: Any) -> L.Trainer:
+    """A Trainer from conf/trainer. `precision: auto` becomes bf16 where the machine is fast at it."""
+    settings = dict(config)
+    if settings.get("precision") == "auto":
+        settings["precision"] = "bf16-mixed" if fast_bf16(settings.get("accelerator", "auto")) else "32-true"
+    if settings.get("enable_progress_bar") is None:
+        settings["enable_progress_bar"] = sys.stdout.isatty()
+    if settings["enable_progress_bar"] and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        callbacks = [*callbacks, TimedProgressBar()]
+    own = {**extra, "use_distributed_sampler": False, "enable_model_summary": False, "barebones": False}
+    own["callbacks"] = [*callbacks, EndWaitingProcesses()]
+    for key in own.keys() & settings.keys():
+        raise UserError(f"trainer.{key}: is set by the program; leave it out")
+    check("trainer", L.Trainer, settings)
+    for key in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
+        value = settings.get(key)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise UserError(f"trainer.{key}={value}: must be above 0")
+    # Lightning's own tips and notes bury the result.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Our loaders stride over the ranks themselves; gathering whole batches needs few workers.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.15
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # renamed in torch 2.15, not yet in 2.11
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # as it is when a run goes on
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # see resume.LastCheckpoint
+    try:
+        trainer = L.Trainer(**settings, **own)
+    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())} (trainer=auto fits any machine)") from error
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        strategy = settings.get("strategy", "auto")
+        raise UserError(f"trainer.strategy={strategy}: would fork or spawn this process; type ddp, which starts others")
+    if trainer.world_size > 1 and isinstance(settings.get("val_check_interval"), str):
+        raise UserError("trainer.val_check_interval: each process has its own clock; type a number of batches, or 1.0")
+    # Its handlers lock, save and broadcast where a signal strikes, and wait for ever for what they interrupted.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    if isinstance(trainer.strategy, DDPStrategy):
+        # Validation runs through the wrapper; its broadcast of buffers waits for ever for ranks without a batch left.
+        trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
+    return trainer
+
+
+def settle_threads(trainer: L.Trainer, typed: int | None, work: float) -> int | None:
+    """Take the threads of each of the trainer's processes on a CPU, and say so once; return their number.
+
+    `work` is that of a step of all processes together, as `step_work` has it. On other devices the number is `typed`.
+    """
+    device = trainer.strategy.root_device
+    if device.type != "cpu":
+        return typed
+    threads = take_threads(typed, work / trainer.world_size, trainer.num_devices)
+    trainer.callbacks.append(KeepThreads(threads))  # pyright: ignore[reportAttributeAccessIssue]
+    if trainer.is_global_zero:
+        say_threads(device, threads)
+    return threads
+
+
+class KeepThreads(Callback):
+    """Give torch its threads back in each of several processes, in which Lightning's launcher sets another number."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        take_threads(self.threads)
+
+
+def require_batches(trainer: L.Trainer, name: str, n_images: int, batch_size: int) -> None:
+    """Raise UserError where a limit of the trainer, for "val" or "test", leaves none of so many images to score."""
+    limit, batches = getattr(trainer, f"limit_{name}_batches"), -(-n_images // batch_size)
+    if not int(limit * batches if isinstance(limit, float) else limit):
+        overfits = name == "val" and trainer.overfit_batches  # pyright: ignore[reportAttributeAccessIssue]
+        flag = "overfit_batches" if overfits else f"limit_{name}_batches"
+        raise UserError(f"trainer.{flag}={limit:g}: leaves none of {batches} batches to score; type 1.0 or a number")
+
+
+class TimedProgressBar(TQDMProgressBar):
+    """Lightning's bars; where trainer.max_time ends the run, the time to go is that of the clock, not of the epoch."""
+
+    def init_train_tqdm(self) -> Any:
+        bar = super().init_train_tqdm()
+        if timers(self.trainer):
+            bar.bar_format = self.BAR_FORMAT.replace("<{remaining}", "")
+        return bar
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict]:
+        left = [round(seconds) for _, seconds in timers(trainer)]
+        clock = {"left": str(timedelta(seconds=min(left)))} if left else {}
+        return clock | super().get_metrics(trainer, pl_module)
