@@ -5,7 +5,6 @@ from pixelcnn_lit.runs.launch import launch
 if __name__ == "__main__":
     launch("benchmark")
 
-import copy
 import json
 import statistics
 import time
@@ -17,21 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixelcnn_lit.codec.coder import compress, decompress
-from pixelcnn_lit.codec.format import MOST
-from pixelcnn_lit.config.build import Range
+from pixelcnn_lit.codec.format import MAX_BATCH
+from pixelcnn_lit.config.build import Range, build
 from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.lit.density_module import DensityModel
-from pixelcnn_lit.nn.fronts import fronts
+from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.nn.layers import CausalConv2d
+from pixelcnn_lit.nn.wavefronts import steps
 from pixelcnn_lit.runs.atomic import write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, cores, fast_bf16, on_threads, step_work, take_threads
 from pixelcnn_lit.runs.run_dir import run_dir, shown
 from pixelcnn_lit.runs.terminal import progress
+from pixelcnn_lit.samplers.draw import half_precision
 from pixelcnn_lit.samplers.pick import picker
-from pixelcnn_lit.samplers.walk import Conditioned, Pick, evaluating, fixed_point, walk
+from pixelcnn_lit.samplers.walk import GuidedModel, Pick, eval_mode, fixed_point, walk
 
 NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
 CACHED_STEPS = 32  # likewise
@@ -46,26 +47,26 @@ def main(
     optimizer: dict[str, Any],
     image_shape: tuple[Size, Size, Size],
     levels: Annotated[int, Range(2, 256)],
-    batch_size: Annotated[int, Range(1, MOST)],
+    batch_size: Annotated[int, Range(1, MAX_BATCH)],
     rounds: Annotated[int, Range(1)],
     compile: bool,
     threads: Threads,
 ) -> None:
     to_sample = take_threads(threads)
     device = best_device()
-    settings = {"model": model, "likelihood": likelihood, "optimizer": optimizer}
-    facts = {"image_shape": list(image_shape), "levels": levels, "num_classes": 10, "class_names": [], "label": ""}
+    facts: dict[str, Any] = {"image_shape": image_shape, "levels": levels, "num_classes": 10, "class_names": []}
     torch.manual_seed(0)
-    density = DensityModel(**settings, **facts, dataset={}).to(device)
+    density = Density(model=model, likelihood=likelihood, **facts).to(device)
+    density.to(memory_format=torch.channels_last)
     x = torch.randint(levels, (batch_size, *image_shape), dtype=torch.uint8, device=device)
     y = torch.arange(batch_size, device=device) % 10
     sampling = sampling_rows(density, x, y, rounds)
     published = as_published(density)
     to_train = take_threads(threads, step_work(density, image_shape, batch_size))
-    seconds = medians(training_steps(density, published, x, y, compile), rounds)
+    seconds = medians(training_steps(density, published, optimizer, x, y, compile), rounds)
     tables = {"training": training_rows(density, published, x, y, seconds), "sampling": sampling}
     if device.type == "cpu" and cores() > 1:
-        tables["threads"] = threads_rows(density, x, y, rounds)
+        tables["threads"] = threads_rows(density, optimizer, x, y, rounds)
     head = {"device": device_name(device), "threads to train": to_train, "threads to sample": to_sample}
     head |= {"torch": torch.__version__, "parameters": sum(p.numel() for p in density.parameters())}
     head |= {"batch_size": batch_size, "image_shape": list(image_shape)}
@@ -88,44 +89,48 @@ def medians(timed: Timed, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def training_steps(density: DensityModel, published: DensityModel, x: Tensor, y: Tensor, compile: bool) -> Timed:
+def training_steps(
+    density: Density, published: Density, optimizer: dict[str, Any], x: Tensor, y: Tensor, compile: bool
+) -> Timed:
     """A whole step in each precision, one of the published network, and a plain dense convolution, the ceiling."""
-    timed: Timed = {PUBLISHED: training_step(published, published.nats, x, y, bf16=False)}
+    adam = {"_target_": "torch.optim.adam.Adam"}
+    timed: Timed = {PUBLISHED: training_step(published, adam, x, y, bf16=False)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        timed[name] = training_step(density, density.nats, x, y, bf16=name == "bf16")
+        timed[name] = training_step(density, optimizer, x, y, bf16=name == "bf16")
         timed[f"{name} ceiling"] = _dense_convolution(density, x, dtype)
     if compile:
-        timed["bf16 compiled"] = training_step(density, torch.compile(density.nats), x, y, bf16=True)
+        timed["bf16 compiled"] = training_step(density, optimizer, x, y, bf16=True, compile=True)
     return timed
 
 
 def training_step(
-    density: DensityModel, nats: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, bf16: bool
+    density: Density, optimizer: dict[str, Any], x: Tensor, y: Tensor, bf16: bool, compile: bool = False
 ) -> Callable[[], None]:
-    optimizer = density.configure_optimizers()["optimizer"]
+    nats = torch.compile(density.forward) if compile else density.forward
+    built = build("optimizer", optimizer, Optimizer, params=density.parameters())
 
     def step() -> None:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             loss = nats(x, y).mean()
-        optimizer.zero_grad()
+        built.zero_grad()
         loss.backward()
-        optimizer.step()
+        built.step()
 
     return step
 
 
-def as_published(density: DensityModel) -> DensityModel:
+def as_published(density: Density) -> Density:
     """The published PixelCNN of the same size (BatchNorm, dense masked kernels, contiguous, Adam): the reference."""
-    settings = dict(density.hparams)
-    size = {key: settings["model"][key] for key in ("hidden_channels", "n_residual")}
-    model = {"_target_": "pixelcnn_lit.models.pixelcnn.PixelCNN", "norm": "batch", **size}
-    own = {"model": model, "optimizer": {"_target_": "torch.optim.adam.Adam"}, "channels_last": False}
-    return with_dense_kernels(DensityModel(**settings | own).to(density.device))
+    size = {key: density.settings["model"][key] for key in ("hidden_channels", "n_residual")}
+    embedding = {"_target_": "pixelcnn_lit.nn.embeddings.LevelEmbedding", "width": 0}
+    model = {"_target_": "pixelcnn_lit.models.pixelcnn.PixelCNN", "norm": "batch", "embedding": embedding, **size}
+    settings: dict[str, Any] = density.settings | {"model": model}
+    return with_dense_kernels(Density(**settings).to(density.device))
 
 
-def with_dense_kernels(density: DensityModel) -> DensityModel:
+def with_dense_kernels(density: Density) -> Density:
     """The same model, each causal convolution as one of dense kernels."""
-    for parent in list(density.net.modules()):
+    for parent in list(density.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, CausalConv2d):
                 setattr(parent, name, PublishedConv2d(layer))
@@ -147,9 +152,9 @@ class PublishedConv2d(nn.Module):
         return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.side)
 
 
-def _dense_convolution(density: DensityModel, x: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+def _dense_convolution(density: Density, x: Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """Forward and backward of one unmasked 3×3 convolution, channels last."""
-    width = density.hparams["model"]["hidden_channels"]
+    width = density.settings["model"]["hidden_channels"]
     size, weight = (len(x), width, *x.shape[2:]), (width, width, 3, 3)
     a, w, gradient = (torch.randn(s, device=x.device, dtype=dtype) for s in (size, weight, size))
     a, w, gradient = (t.to(memory_format=torch.channels_last) for t in (a, w, gradient))
@@ -159,9 +164,9 @@ def _dense_convolution(density: DensityModel, x: Tensor, dtype: torch.dtype) -> 
 
 
 def training_rows(
-    density: DensityModel, published: DensityModel, x: Tensor, y: Tensor, seconds: dict[str, float]
+    density: Density, published: Density, x: Tensor, y: Tensor, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    width = density.hparams["model"]["hidden_channels"]
+    width = density.settings["model"]["hidden_channels"]
     work = {True: live_flops(published, x, y), False: live_flops(density, x, y)}
     dense = 3 * 2 * len(x) * x.shape[2] * x.shape[3] * width * width * 9
     rows = {}
@@ -177,7 +182,7 @@ def training_rows(
     return rows
 
 
-def live_flops(density: DensityModel, x: Tensor, y: Tensor) -> int:
+def live_flops(density: Density, x: Tensor, y: Tensor) -> int:
     """Of forward and backward, without the products of causal convolutions and attention that their masks make zero."""
     dead = 0
 
@@ -188,7 +193,7 @@ def live_flops(density: DensityModel, x: Tensor, y: Tensor) -> int:
 
     hooks = [m.register_forward_hook(count) for m in density.modules() if isinstance(m, CausalConv2d | PublishedConv2d)]
     with FlopCounterMode(display=False) as counted:
-        density.nats(x, y).mean().backward()
+        density(x, y).mean().backward()
     for hook in hooks:
         hook.remove()
     return counted.get_total_flops() - dead - dead_attention(counted.get_flop_counts()["Global"], x[0, 0].numel())
@@ -202,27 +207,32 @@ def dead_attention(counted: dict[Any, int], pixels: int) -> int:
 
 
 @torch.no_grad()
-def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
+def sampling_rows(density: Density, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
     """Each sampler beside one forward pass over the same batch, and the codec, where the network can step.
 
     An evaluation is one of the whole image or a step.
     """
-    net, canvas, (height, width) = density.net, torch.zeros_like(x), x.shape[2:]
-    target = Conditioned(net, density.likelihood, y, density.num_classes)
-    pick = picker(torch.rand(x.shape, dtype=torch.float64, device=target.noise_device))
-    some = min(NAIVE_PIXELS, height * width)
+    canvas, pixels = torch.zeros_like(x), x[0, 0].numel()
+    model = GuidedModel(density, y)
+    pick = picker(torch.rand(x.shape, dtype=torch.float64, device=model.noise_device))
+    some = min(NAIVE_PIXELS, pixels)
     timed: Timed = {
-        "one forward": lambda: net(x, y),
-        "naive": lambda: walk(target, pick, canvas, stepwise=False, steps=some),
+        "one forward": lambda: density.features(x, y),
+        "naive": lambda: walk(model, pick, canvas, stepwise=False, n_steps=some),
     }
-    evaluations = {"one forward": 1, "naive": height * width}
-    if hasattr(net, "step"):
-        timed |= (stepping := stepwise(density, target, pick, x))
-        evaluations |= dict.fromkeys(stepping, sum(1 for _ in fronts(height, width, getattr(net, "skew", width))))
-    timed["fixed_point"] = lambda: evaluations.update(fixed_point=fixed_point(target, pick, torch.zeros_like(x)))
-    with evaluating(net, density.likelihood), parametrize.cached():
+    evaluations = {"one forward": 1, "naive": pixels}
+    if density.can_step:
+        stepping = stepwise(density, model, pick, x)
+        timed |= stepping
+        evaluations |= dict.fromkeys(stepping, n_steps(density, y))
+
+    def draw_by_fixed_point() -> None:
+        evaluations["fixed_point"] = fixed_point(model, pick, torch.zeros_like(x))
+
+    timed["fixed_point"] = draw_by_fixed_point
+    with eval_mode(density), parametrize.cached():
         seconds = medians(timed, rounds)
-    seconds["naive"] *= height * width / some
+    seconds["naive"] *= pixels / some
     return {
         f"sampling, {name}": {
             "images/s": len(x) / seconds[name],
@@ -234,24 +244,28 @@ def sampling_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> d
     }
 
 
-def threads_rows(density: DensityModel, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
+def n_steps(density: Density, y: Tensor) -> int:
+    """How many steps an image takes."""
+    _, height, width = density.image_shape
+    return sum(1 for _ in steps(height, width, density.stepper(y).skew))
+
+
+def threads_rows(density: Density, optimizer: dict[str, Any], x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
     """A training step and the cached sampler on one thread and on all: what an idle machine gains, a busy one loses."""
     pick, canvas = picker(torch.rand(x.shape, dtype=torch.float64)), torch.zeros_like(x)
-    target = Conditioned(density.net, density.likelihood, y, density.num_classes)
-    height, width = x.shape[2:]
-    steps = sum(1 for _ in fronts(height, width, getattr(density.net, "skew", width)))
-    some = min(CACHED_STEPS, steps)
+    model = GuidedModel(density, y)
 
     def sample() -> None:
-        with evaluating(density.net, density.likelihood), parametrize.cached():
-            walk(target, pick, canvas, steps=some)
+        with eval_mode(density), parametrize.cached():
+            walk(model, pick, canvas, n_steps=CACHED_STEPS)
 
-    kinds = {"training": training_step(density, density.nats, x, y, bf16=fast_bf16("cpu"))}
-    if hasattr(density.net, "step"):
+    kinds = {"training": training_step(density, optimizer, x, y, bf16=fast_bf16("cpu"))}
+    whole = {"training": 1.0}
+    if density.can_step:
         kinds["cached"] = sample
+        whole["cached"] = max(1.0, n_steps(density, y) / CACHED_STEPS)
     rows = {f"{kind}, threads={n}": (kind, n) for kind in kinds for n in (1, cores())}
     seconds = medians({row: partial(_on, n, kinds[kind]) for row, (kind, n) in rows.items()}, rounds)
-    whole = {"training": 1, "cached": steps / some}
     return {
         row: {
             "images/s": len(x) / (seconds[row] * whole[kind]),
@@ -266,13 +280,13 @@ def _on(threads: int, run: Callable[[], Any]) -> None:
         run()
 
 
-def stepwise(density: DensityModel, target: Conditioned, pick: Pick, x: Tensor) -> Timed:
+def stepwise(density: Density, model: GuidedModel, pick: Pick, x: Tensor) -> Timed:
     """What goes through images step by step: the cached sampler, and the codec."""
-    halved, images = copy.deepcopy(density.net).bfloat16().eval(), Split(x.cpu(), target.y.cpu())
-    half, canvas = Conditioned(halved, density.likelihood, target.y, density.num_classes), torch.zeros_like(x)
+    half = GuidedModel(half_precision(density), model.y)
+    canvas, images = torch.zeros_like(x), Split(x.cpu(), model.y.cpu())
     file = compress(density, images, len(x)).content
     return {
-        "cached": lambda: walk(target, pick, canvas),
+        "cached": lambda: walk(model, pick, canvas),
         "cached, bf16": lambda: walk(half, pick, canvas),
         "compress": lambda: compress(density, images, len(x)),
         "decompress": lambda: decompress(density, file, "the benchmark's own file"),

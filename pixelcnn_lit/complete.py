@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from pixelcnn_lit.config.build import Range, inspect_config
+from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import saved_or_given
 from pixelcnn_lit.data.pictures import grid, read_png, save
 from pixelcnn_lit.data.transforms import quantise
-from pixelcnn_lit.lit.density_module import DensityModel, load
-from pixelcnn_lit.lit.metrics import bits
+from pixelcnn_lit.density.density import Density, bits
+from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.runs.run_dir import run_dir, shown
@@ -37,7 +37,7 @@ def main(
 ) -> None:
     threads = take_threads(threads)
     model = load(ckpt)
-    inspect_config("sampler", sampler, Tensor, ["request"])
+    model.check_sampler(sampler)
     if keep and keep_mask:
         raise UserError("keep and keep_mask exclude each other; type one")
     if label is not None and not image:
@@ -89,25 +89,23 @@ def is_beginning(known: Tensor) -> bool:
 
 
 @torch.no_grad()
-def conditional_bpd(model: DensityModel, x: Tensor, y: list[int], known: Tensor) -> float:
+def conditional_bpd(model: Density, x: Tensor, y: list[int], known: Tensor) -> float:
     """Bits per dimension of the pixels of x [K,n,C,H,W] that are not known, given those that are and the classes."""
     nats = []
     for images, label in zip(x.to(model.device), y, strict=True):
         for some in images.split(64):
-            features = model.net(some, torch.full((len(some),), label, device=model.device))
-            nats.append(-model.likelihood.log_prob(features, some)[..., ~known].cpu().double())
+            given = torch.full((len(some),), label, device=model.device)
+            nats.append(-model.log_prob(some, given)[..., ~known].cpu().double())
     return bits(float(torch.cat(nats).mean()))
 
 
-def test_images(ckpt: str, model: DensityModel, dataset: dict[str, Any], n: int) -> tuple[Tensor, list[int]]:
-    data = saved_or_given(ckpt, dict(model.hparams), dataset)
+def test_images(ckpt: str, model: Density, dataset: dict[str, Any], n: int) -> tuple[Tensor, list[int]]:
+    data = saved_or_given(ckpt, model.settings, dataset)
     first = data.test[:n]
-    return first.x, (
-        first.y.tolist() if model.hparams["model"].get("conditional", True) else model.classes * len(first)
-    )
+    return first.x, (first.y.tolist() if model.conditional else model.classes * len(first))
 
 
-def read_image(path: str, model: DensityModel) -> Tensor:
+def read_image(path: str, model: Density) -> Tensor:
     """uint8 [1,C,H,W] in the model's levels."""
     x = read_png(Path(path))
     if tuple(x.shape) != model.image_shape:
@@ -115,7 +113,7 @@ def read_image(path: str, model: DensityModel) -> Tensor:
     return quantise(x[None], 256, model.levels)
 
 
-def read_mask(path: str, model: DensityModel) -> Tensor:
+def read_mask(path: str, model: Density) -> Tensor:
     """bool [H,W], true where the PNG is white."""
     mask = read_png(Path(path))
     if mask.shape[1:] != model.image_shape[1:]:
@@ -123,9 +121,9 @@ def read_mask(path: str, model: DensityModel) -> Tensor:
     return mask.float().mean(0) >= 128
 
 
-def known_class(label: int | str | None, model: DensityModel) -> list[int]:
+def known_class(label: int | str | None, model: Density) -> list[int]:
     if label is not None:
-        return model.numbers_of(f"label={label}", [label])
+        return model.class_numbers([label], f"label={label}")
     if len(model.classes) > 1:
-        raise UserError(f"label is missing; type label={model.hparams['class_names'][0]} or another class of the image")
+        raise UserError(f"label is missing; type label={model.class_names[0]} or another class of the image")
     return model.classes

@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from pixelcnn_lit.codec.coder import compress
-from pixelcnn_lit.codec.format import MOST
+from pixelcnn_lit.codec.format import MAX_BATCH
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.data.datamodule import saved_or_given
 from pixelcnn_lit.data.images import Split, channels_first
 from pixelcnn_lit.data.pictures import as_it_is, read_png
-from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import whole
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, take_threads
 from pixelcnn_lit.runs.run_dir import shown
@@ -36,7 +37,7 @@ def main(
     images: str,
     out: str,
     n_images: Annotated[int, Range(0)] | None,
-    batch_size: Annotated[int, Range(1, MOST)],
+    batch_size: Annotated[int, Range(1, MAX_BATCH)],
     dataset: dict[str, Any],
     threads: Threads,
 ) -> None:
@@ -57,12 +58,12 @@ def main(
     print(f"{len(given)} images, {len(done.content):,} bytes: {shown(out)}")
 
 
-def of_split(model: DensityModel, split: str, ckpt: str, dataset: dict[str, Any]) -> Split:
-    data = saved_or_given(ckpt, dict(model.hparams), dataset)
+def of_split(model: Density, split: str, ckpt: str, dataset: dict[str, Any]) -> Split:
+    data = saved_or_given(ckpt, model.settings, dataset)
     return getattr(data, split)
 
 
-def of_file(model: DensityModel, path: str, n_images: int | None, batch_size: int) -> Split:
+def of_file(model: Density, path: str, n_images: int | None, batch_size: int) -> Split:
     """The first images of an npz or a folder; where they have no labels, those that make them likeliest."""
     pixels, labels = read_folder(path, n_images, model.classes) if Path(path).is_dir() else read_npz(path, n_images)
     if tuple(pixels.shape[1:]) != model.image_shape:
@@ -111,7 +112,7 @@ def read_npz(path: str, n_images: int | None) -> tuple[Tensor, Tensor | None]:
     return channels_first(torch.from_numpy(x[:n_images])), None if y is None else torch.from_numpy(y[:n_images]).long()
 
 
-def report(model: DensityModel, images: Split, size: int, model_bits: float, class_bits: float) -> str:
+def report(model: Density, images: Split, size: int, model_bits: float, class_bits: float) -> str:
     """Bits per dimension, and what other formats take."""
     dims, ideal = len(images) * model.dims, model_bits + class_bits
     png = [encoded(image, "PNG", optimize=True) for image in progress(images.x, desc="as PNG")]

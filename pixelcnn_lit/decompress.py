@@ -13,7 +13,7 @@ from pixelcnn_lit.codec.coder import decompress
 from pixelcnn_lit.codec.format import parse
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.pictures import as_it_is
-from pixelcnn_lit.lit.density_module import load
+from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import whole
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, take_threads
 from pixelcnn_lit.runs.run_dir import shown

@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from pixelcnn_lit.checkpoints.read import read_checkpoint
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.data.datamodule import ImageData, image_data, plain_name, saved_or_given, uniform_bpd
+from pixelcnn_lit.data.datamodule import ImageData, image_data, saved_or_given, uniform_bpd
 from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.lit.density_module import DensityModel, load
-from pixelcnn_lit.lit.metrics import bits
+from pixelcnn_lit.density.density import Density, bits
+from pixelcnn_lit.density.load import load
+from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.atomic import write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, step_work, take_threads
-from pixelcnn_lit.runs.run_dir import run_dir, shown
+from pixelcnn_lit.runs.run_dir import plain_name, run_dir, shown
 from pixelcnn_lit.scoring.bayes import class_log_likelihoods, marginal, posterior, score
 from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_threads
 
@@ -47,9 +46,7 @@ def main(
     if (task == "novelty") != (beside is not None):
         raise UserError("task=novelty and dataset@beside=NAME go together; type both")
     model = load(ckpt)
-    data = saved_or_given(ckpt, dict(model.hparams), dataset)
-    if "_target_" not in dataset and (difference := data.changed_since(read_checkpoint(ckpt), split)):
-        rank_zero_only(print)(f"ckpt={ckpt}: {difference}")
+    data = saved_or_given(ckpt, model.settings, dataset, compared=[split])
     data.test = chosen(getattr(data, split), n_images)  # so that Lightning asks for it, process by process
     head = {"label": data.label, "split": split, "images": len(data.test), "checkpoint": ckpt}
     if task == "bpd":
@@ -72,27 +69,28 @@ def chosen(split: Split, n_images: int | None) -> Split:
 
 
 def bits_per_dimension(
-    model: DensityModel, data: ImageData, split: str, trainer: dict[str, Any], threads: int | None
+    model: Density, data: ImageData, split: str, trainer: dict[str, Any], threads: int | None
 ) -> dict[str, Any] | None:
     """Of the images in data.test, which are of `split`, overall and per class; None in all processes but the first."""
     scorer = make_trainer(trainer, logger=False, enable_checkpointing=False)
     require_batches(scorer, "test", len(data.test), data.batch_size)
     settle_threads(scorer, threads, step_work(model, model.image_shape, data.batch_size))
-    scorer.test(model, data, verbose=False)
-    figures = {key.removeprefix("test/"): value for key, value in model.figures.items()}
+    module = DensityModule(model)
+    scorer.test(module, data, verbose=False)
+    figures = {key.removeprefix("test/"): value for key, value in module.figures.items()}
     # A class without images has no bpd.
-    per_class = {n: b for n, b in zip(data.class_names, model.bpd_per_class, strict=True) if b == b}
+    per_class = {n: b for n, b in zip(data.class_names, module.bpd_per_class, strict=True) if b == b}
     if not scorer.is_global_zero:
         return None
     uniform = uniform_bpd(data.levels)
-    print(f"{data.label}, {split} split, {model.images_scored} images, {uniform:.4f} bpd for a uniform model")
+    print(f"{data.label}, {split} split, {figures['images']} images, {uniform:.4f} bpd for a uniform model")
     width = max(map(len, [*per_class, "all"]))
     for name, bpd in {**per_class, "all": figures["bpd"]}.items():
         print(f"{name:>{width}}  {bpd:.4f} bpd")
-    return {**figures, "images": model.images_scored, "uniform_bpd": uniform, "bpd_per_class": per_class}
+    return {**figures, "uniform_bpd": uniform, "bpd_per_class": per_class}
 
 
-def classify(model: DensityModel, data: ImageData, split: str) -> dict[str, Any]:
+def classify(model: Density, data: ImageData, split: str) -> dict[str, Any]:
     """The images in data.test, which are of `split`, by Bayes' rule. The prior: how often a class is trained on."""
     if model.num_classes < 2:
         raise UserError("task=classify: this model knows one class, and there is none to tell it from; type task=bpd")
@@ -104,7 +102,7 @@ def classify(model: DensityModel, data: ImageData, split: str) -> dict[str, Any]
     return scores._asdict()
 
 
-def novelty(model: DensityModel, data: ImageData, other: ImageData) -> dict[str, Any]:
+def novelty(model: Density, data: ImageData, other: ImageData) -> dict[str, Any]:
     """log p(x) of the images in data.test beside as many test images of another dataset, as a histogram, too."""
     other.setup()
     here, there = (f"{data.facts['image_shape']} of {data.levels} levels" for data in (data, other))
@@ -122,9 +120,9 @@ def novelty(model: DensityModel, data: ImageData, other: ImageData) -> dict[str,
     return {"bpd": float(own.mean()), "bpd_beside": float(new.mean()), "beside": other.label, "auroc": told_apart}
 
 
-def given_each_class(model: DensityModel, data: ImageData, of: ImageData) -> Tensor:
-    if not model.knows_classes:
-        raise UserError("task: this model knows no classes; type task=bpd, or train one with model.conditional=true")
+def given_each_class(model: Density, data: ImageData, of: ImageData) -> Tensor:
+    if not model.conditional:
+        raise UserError("task: this model knows no classes; type task=bpd, or train one with conditional=true")
     return class_log_likelihoods(model, of.test.x, data.batch_size)
 
 

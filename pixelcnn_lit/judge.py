@@ -16,19 +16,16 @@ from typing import Annotated, Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from pixelcnn_lit.checkpoints.read import require_same
-from pixelcnn_lit.config.build import Range, inspect_config
+from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import ImageData, saved_or_given
 from pixelcnn_lit.data.pictures import grid, save
+from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.classifier_module import load_classifier
-from pixelcnn_lit.lit.density_module import load
 from pixelcnn_lit.runs.atomic import write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, step_work, take_threads
 from pixelcnn_lit.runs.run_dir import run_dir, shown
-from pixelcnn_lit.samplers.draw import refuse_steering
 from pixelcnn_lit.scoring.plots import show_confusion
 from pixelcnn_lit.scoring.samples import Verdict, nearest, read, verdict
 
@@ -47,20 +44,20 @@ def main(
     threads: Threads,
 ) -> None:
     to_draw = take_threads(threads)
-    model, judge = load(ckpt).to(best_device()), load_classifier(classifier_ckpt).to(best_device())
-    if not model.knows_classes:
+    model = load(ckpt).to(best_device())
+    if not model.conditional:
         raise UserError(f"ckpt={ckpt}: draws without classes, which a judge could not find again; type another")
-    require_same(classifier_ckpt, dict(judge.hparams), {key: model.hparams[key] for key in ImageData.FACTS})
+    facts = {key: model.settings[key] for key in ImageData.FACTS}
+    judge = load_classifier(classifier_ckpt, facts).to(best_device())
     points = {
         f"temperature {t:g}, guidance {scale:g}": {**sampler, "temperature": t, "guidance_scale": scale}
         for scale, t in product(guidance_scales, temperatures)
     }
     for point in points.values():  # now, and not after the first has been drawn
-        inspect_config("sampler", point, Tensor, ["request"])
-        refuse_steering(model.num_classes, model.known_classes, point["guidance_scale"], point.get("mix_with"))
+        model.check_sampler(point)
     if not points:
         raise UserError("temperatures and guidance_scales: type at least one number in each")
-    data = saved_or_given(ckpt, dict(model.hparams), dataset)
+    data = saved_or_given(ckpt, model.settings, dataset)
 
     to_read = take_threads(threads, step_work(judge, model.image_shape, batch_size))
     say_threads(model.device, to_read, what="to read")

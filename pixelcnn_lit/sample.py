@@ -14,10 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from pixelcnn_lit.data.pictures import animate, grid, save
-from pixelcnn_lit.lit.density_module import load
+from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
+from pixelcnn_lit.runs.pace import Pace
 from pixelcnn_lit.runs.run_dir import run_dir, shown
-from pixelcnn_lit.samplers.draw import Pace
 
 FRAMES = 60
 
@@ -29,7 +29,7 @@ def main(
     model = load(ckpt).to(best_device())
     asked = model.classes
     if classes is not None:
-        asked = model.numbers_of(f"classes={classes}", classes if isinstance(classes, list) else [classes])
+        asked = model.class_numbers(classes if isinstance(classes, list) else [classes], f"classes={classes}")
     directory, filling, pace = run_dir(), Filling(), Pace()
     processes = 1 if gif else processes_of(threads)
     say_threads(model.device, threads, processes)

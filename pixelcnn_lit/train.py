@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 import lightning as L
 
-from pixelcnn_lit.checkpoints.read import read_checkpoint
 from pixelcnn_lit.config.build import Range, check
-from pixelcnn_lit.data.datamodule import ImageData, image_data, uniform_bpd
-from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.data.datamodule import image_data, uniform_bpd
+from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.density.load import load
+from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import shown
 from pixelcnn_lit.runs.signals import Stopped
-from pixelcnn_lit.training.callbacks import Stopwatch
 from pixelcnn_lit.training.fit import fit, start_or_go_on, write_result
 from pixelcnn_lit.training.sample_grid import SampleGrid
 
@@ -38,53 +38,45 @@ def train(
     callbacks: dict[str, Any],
     seed: Annotated[int, Range(0, 2**32 - 1)],
     overrides: list[str],  # as typed, for the table of a sweep
+    model: dict[str, Any],
+    likelihood: dict[str, Any],
+    optimizer: dict[str, Any],
+    scheduler: dict[str, Any] | None,
     threads: Threads = None,
-    **model: Any,  # the settings of DensityModel
+    conditional: bool = True,
+    label_dropout: Annotated[float, Range(0, 1)] = 0.0,
+    **own: Any,  # of DensityModule
 ) -> None:
     """Fit in `directory`, from the checkpoint `start` on if there is one; test the best weights; leave result.json."""
     take_threads(threads)  # weights are drawn on as many, whatever training takes
     data = image_data(dataset, seed)
     data.setup()
     L.seed_everything(seed, workers=True, verbose=False)
-    facts = {**data.facts, "label": data.label, "dataset": dataset}
-    check("", DensityModel, model, known=facts)
-    density = DensityModel(**facts, **model)
-    compared = {"seed": seed, "dataset": dataset, **model, "trainer": trainer}
+    parts = {"model": model, "likelihood": likelihood, "conditional": conditional, "label_dropout": label_dropout}
+    training = {"optimizer": optimizer, "scheduler": scheduler, **own}
+    check("", DensityModule, training, known=["density"])
+    density = Density(**data.facts, label=data.label, dataset=dataset, **parts)
+    module = DensityModule(density, **training)
+    compared = {"seed": seed, "dataset": dataset, **parts, **training, "trainer": trainer}
     beside = {"sampler": sampler, "callbacks": callbacks, "overrides": overrides, "threads": threads}
-    fitter, checkpoint, stopwatch, extras = fit(directory, start, density, data, compared, beside)
-    best = load(checkpoint)
+    fitted = fit(directory, start, module, data, compared, beside)
+    best, fitter = DensityModule(load(fitted.best_checkpoint)), fitted.trainer
     n_params = sum(p.numel() for p in best.parameters())  # counted before FSDP spreads them over the cards
     fitter.test(best, data, verbose=False)
     if fitter.is_global_zero:
-        result = summary(fitter, checkpoint, best, data, stopwatch)
-        result |= {"n_params": n_params, "overrides": overrides}
-        write_result(directory, result, stopwatch)  # before drawing, which takes its time
+        per_class = [None if math.isnan(bpd) else bpd for bpd in best.bpd_per_class]  # JSON knows no NaN
+        result = fitted.result(best, data.label) | {
+            "test/bpd_per_class": dict(zip(data.class_names, per_class, strict=True)),
+            "uniform_bpd": uniform_bpd(data.levels),
+            "n_params": n_params,
+            "overrides": overrides,
+        }
+        write_result(directory, result, fitted.stopwatch)  # before drawing, which takes its time
         grids = []
+        drawn_from = load(fitted.best_checkpoint)
         with suppress(Stopped):  # all else is done: the run ends by itself
-            grids = [callback.draw(fitter, load(checkpoint)) for callback in extras if isinstance(callback, SampleGrid)]
-        print(closing_lines(write_result(directory, result, stopwatch), directory, grids))
-
-
-def summary(
-    trainer: L.Trainer, checkpoint: str, best: DensityModel, data: ImageData, stopwatch: Stopwatch
-) -> dict[str, Any]:
-    """What result.json holds: figures are of the weights best on validation."""
-    val_images, val_figures = read_checkpoint(checkpoint)["scored"]
-    per_class = [None if math.isnan(bpd) else bpd for bpd in best.bpd_per_class]  # JSON knows no NaN
-    return {
-        "label": data.label,
-        **val_figures,
-        "val/images": val_images,
-        **best.figures,
-        "test/images": best.images_scored,
-        "test/bpd_per_class": dict(zip(data.class_names, per_class, strict=True)),
-        "uniform_bpd": uniform_bpd(data.levels),
-        "epochs": trainer.current_epoch,
-        "steps": trainer.global_step,
-        "images_per_second": stopwatch.images_per_second,
-        "precision": trainer.precision,
-        "checkpoint": checkpoint,
-    }
+            grids = [grid.draw(fitter, drawn_from) for grid in fitted.extras if isinstance(grid, SampleGrid)]
+        print(closing_lines(write_result(directory, result, fitted.stopwatch), directory, grids))
 
 
 def closing_lines(result: dict[str, Any], directory: Path, grids: list[Path]) -> str:

@@ -13,12 +13,11 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.model_summary.model_summary import summarize
 
-from pixelcnn_lit.checkpoints.read import read_checkpoint
 from pixelcnn_lit.config.build import Range, check
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import image_data
 from pixelcnn_lit.data.images import channel_statistics
-from pixelcnn_lit.lit.classifier_module import Classifier, load_classifier
+from pixelcnn_lit.lit.classifier_module import ClassifierModule, load_classifier
 from pixelcnn_lit.lit.metrics import per_class
 from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import shown
@@ -39,7 +38,7 @@ def train(
     seed: Annotated[int, Range(0, 2**32 - 1)],
     overrides: list[str],  # as typed, for the table of a sweep
     threads: Threads = None,
-    **settings: Any,  # of Classifier
+    **settings: Any,  # of ClassifierModule
 ) -> None:
     """Fit in `directory`, from the checkpoint `start` on if there is one; test the best weights; leave result.json."""
     take_threads(threads)  # weights are drawn on as many, whatever training takes
@@ -50,8 +49,8 @@ def train(
     L.seed_everything(seed, workers=True, verbose=False)
     mean, std = ([value / (data.levels - 1) for value in values] for values in channel_statistics(data.train))
     facts = {**data.facts, "label": data.label, "dataset": dataset, "mean": mean, "std": std}
-    check("", Classifier, settings, known=facts)
-    classifier = Classifier(**facts, **settings)
+    check("", ClassifierModule, settings, known=facts)
+    classifier = ClassifierModule(**facts, **settings)
     if start is None and hasattr(classifier.net, "load_pretrained"):
         classifier.net.load_pretrained()
     rank_zero_only(print)(summarize(classifier, max_depth=3))
@@ -62,17 +61,9 @@ def train(
     fitter.test(best, data, verbose=False)
     if not fitter.is_global_zero:
         return
-    result = {
-        "label": data.label,
-        **read_checkpoint(fitted.best_checkpoint)["scored"],
-        **best.figures,
+    result = fitted.result(best, data.label) | {
         "test/accuracy_per_class": dict(zip(data.class_names, per_class(best.counted), strict=True)),
         "n_params": sum(p.numel() for p in best.parameters()),
-        "epochs": fitter.current_epoch,
-        "steps": fitter.global_step,
-        "images_per_second": fitted.stopwatch.images_per_second,
-        "precision": fitter.precision,
-        "checkpoint": fitted.best_checkpoint,
         "overrides": overrides,
     }
     picture = show_confusion(best.counted, data.class_names, directory / "confusion.png", fitter)

@@ -16,7 +16,7 @@ from torch import nn
 from pixelcnn_lit.classifiers.networks import ResidualBlock
 from pixelcnn_lit.config.build import build
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.lit.classifier_module import Classifier, load_classifier
+from pixelcnn_lit.lit.classifier_module import ClassifierModule, load_classifier
 from pixelcnn_lit.lit.density_module import load
 from pixelcnn_lit.runs.command import CONF
 from pixelcnn_lit.scoring.bayes import class_log_likelihoods, marginal, posterior, score
@@ -36,7 +36,7 @@ def judge_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(judge_run) -> Classifier:
+def judge(judge_run) -> ClassifierModule:
     return load_classifier(str(judge_run / "checkpoints" / "best.ckpt"))
 
 
@@ -143,7 +143,7 @@ def test_a_run_killed_and_gone_on_with_ends_like_one_never_killed(tmp_path):
     whole = last_and_curve(tmp_path / "whole")
     for where, after in (("training_step", 8), ("validation_step", 1), ("validation_step", 17)):
         directory = tmp_path / f"{where}{after}"
-        with killed(Classifier, where, after):
+        with killed(ClassifierModule, where, after):
             command("train_classifier", *small, f"run_dir={directory}")
         command("train_classifier", f"run_dir={directory}", "ckpt=last")
         cut = last_and_curve(directory)
@@ -270,7 +270,7 @@ def test_evaluate_classifies(tmp_path, digits):
     small = ["model_size=tiny", *TINY, "trainer.limit_train_batches=2", "trainer.max_epochs=1", "sampler.n_per_class=1"]
     for conditional in ("true", "false"):
         run = tmp_path / conditional
-        command("train", *small, f"model.conditional={conditional}", f"run_dir={run}")
+        command("train", *small, f"conditional={conditional}", f"run_dir={run}")
     asked = ["task=classify", "n_images=20"]
     ckpt = f"ckpt={tmp_path}/true/checkpoints/best.ckpt"
     command("evaluate", ckpt, *asked, f"run_dir={tmp_path}/out")

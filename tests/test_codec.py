@@ -1,6 +1,5 @@
 """A codec gives back the images, to the bit, in as many bits as the model says; or it says why it cannot."""
 
-import json
 import math
 import zlib
 
@@ -16,15 +15,15 @@ from pixelcnn_lit.codec.coder import compress, decompress
 from pixelcnn_lit.codec.format import CRC, HEADER, MAGIC, Header
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.density.density import Density
 
 
-def images_of(model: DensityModel, n: int) -> Split:
+def images_of(model: Density, n: int) -> Split:
     x = torch.randint(17, (n, *model.image_shape), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
     return Split(x, torch.tensor([model.classes[k % len(model.classes)] for k in range(n)], dtype=torch.int64))
 
 
-def assert_comes_back(model: DensityModel, images: Split, batch_size: int) -> coder.Compressed:
+def assert_comes_back(model: Density, images: Split, batch_size: int) -> coder.Compressed:
     done = compress(model, images, batch_size)
     back = decompress(model, done.content, "file=x")
     assert torch.equal(back.x, images.x)
@@ -50,7 +49,7 @@ def test_any_number_of_images(n):
 
 def test_it_does_not_depend_on_the_training_mode(monkeypatch):
     model = density("pixelcnn model.norm=batch", "categorical")
-    monkeypatch.delattr(type(model.net), "step")  # so that it is evaluated as a whole, where BatchNorm has modes
+    monkeypatch.delattr(type(model.network), "stepper")  # so that it is evaluated as a whole, where BatchNorm has modes
     content = compress(model, images_of(model, 3), 3).content
     assert compress(model.train(), images_of(model, 3), 3).content == content
     assert model.training
@@ -71,7 +70,7 @@ def test_a_file_is_as_small_as_the_model_says():
 
 def test_weights_are_whole_and_sum_to_24_bits():
     logits = torch.randn(2, 17, 3, dtype=torch.float64) * 20
-    whole = coder.weights(logits)
+    whole = coder.frequencies(logits)
     assert whole.shape == (6, 17)
     assert (whole == np.floor(whole)).all()
     assert whole.min() >= 1
@@ -80,7 +79,7 @@ def test_weights_are_whole_and_sum_to_24_bits():
 
 
 @pytest.fixture(scope="module")
-def written() -> tuple[DensityModel, bytes]:
+def written() -> tuple[Density, bytes]:
     model = density("pixelcnn", "categorical")
     return model, compress(model, images_of(model, 6), 4).content
 
@@ -171,8 +170,8 @@ def test_other_probabilities_end_in_one_line_wherever_they_show(monkeypatch):
     """Some thousand symbols: the range coder meets impossible bits long before the digest is compared."""
     model = density("pixelcnn", "categorical", (1, 16, 16))
     content = compress(model, images_of(model, 60), 30).content
-    weights = coder.weights
-    monkeypatch.setattr(coder, "weights", lambda logits: weights(logits * (1 + 1e-3)))
+    frequencies = coder.frequencies
+    monkeypatch.setattr(coder, "frequencies", lambda logits: frequencies(logits * (1 + 1e-3)))
     with pytest.raises(UserError, match="computes other probabilities"):
         decompress(model, content, "file=x")
 
@@ -186,7 +185,7 @@ def test_what_goes_in_comes_out_on_a_gpu():
 def test_the_commands_write_and_read_npz_and_folders(tmp_path, capsys):
     model = density("pixelcnn", "categorical", (3, 6, 6))
     ckpt = f"{tmp_path}/model.safetensors"
-    write_weights(tmp_path / "model.safetensors", model.state_dict(), json.loads(json.dumps(dict(model.hparams))))
+    write_weights(tmp_path / "model.safetensors", model.state_dict(), model.settings)
     images = images_of(model, 5)
     pixels = images.x.permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "a.npz", images=pixels, labels=images.y.numpy())

@@ -17,10 +17,10 @@ def test_skewing_makes_columns_of_diagonals_and_can_be_undone():
 @torch.no_grad()
 def test_a_layer_is_equation_3_written_as_a_loop_over_pixels():
     states, height, width = 3, 4, 5
-    layer = DiagonalLayer(6, 2, conditional=True, dropout=0.0).double()
+    layer = DiagonalLayer(6, 2, dropout=0.0).double()
     redraw(layer)
     x, y = torch.randn(2, 6, height, width, dtype=torch.float64), torch.tensor([1, 2])
-    normed, bias = layer.norm(x), layer.embed(y)[:, :, 0, 0] + layer.input_to_state.bias
+    normed, bias = layer.norm(x), layer.embed.rows(y) + layer.input_to_state.bias
     inputs = torch.einsum("bchw,oc->hwbo", normed, layer.input_to_state.weight[..., 0, 0]) + bias
 
     def states_from(side: int) -> dict[tuple[int, int], Tensor]:

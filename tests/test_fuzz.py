@@ -3,6 +3,7 @@
 $PIXELCNN_FUZZ sets how many files of each of the four kinds are damaged.
 """
 
+import copy
 import os
 import random
 import zipfile
@@ -13,12 +14,13 @@ import pytest
 import torch
 from helpers import save_npz
 
-from pixelcnn_lit.checkpoints.int8 import SCALE, restored
+from pixelcnn_lit.checkpoints.int8 import SCALE, dequantize
 from pixelcnn_lit.checkpoints.safetensors import write_weights
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.npz import npz
 from pixelcnn_lit.data.official import mnist
-from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.density.load import load
 
 N = int(os.environ.get("PIXELCNN_FUZZ", "130"))
 
@@ -62,14 +64,14 @@ def fuzz(read, right, same, write) -> int:
 
 
 @pytest.fixture(scope="module")
-def model() -> DensityModel:
+def model() -> Density:
     torch.manual_seed(0)
-    return DensityModel(
+    return Density(
         model={
             "_target_": "pixelcnn_lit.models.pixelcnn.PixelCNN",
             "hidden_channels": 8,
             "n_residual": 1,
-            "level_channels": 2,
+            "embedding": {"_target_": "pixelcnn_lit.nn.embeddings.LevelEmbedding", "width": 2},
         },
         likelihood={"_target_": "pixelcnn_lit.likelihoods.categorical.Categorical"},
         image_shape=[1, 4, 4],
@@ -78,15 +80,12 @@ def model() -> DensityModel:
         class_names=["a", "b"],
         label="x",
         dataset={},
-        optimizer={},
     )
 
 
-def same_model(a: DensityModel, b: DensityModel) -> bool:
+def same_model(a: Density, b: Density) -> bool:
     weights = b.state_dict()
-    return a.hparams["model"] == b.hparams["model"] and all(
-        torch.equal(v, weights[k]) for k, v in a.state_dict().items()
-    )
+    return a.settings == b.settings and all(torch.equal(v, weights[k]) for k, v in a.state_dict().items())
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
@@ -100,7 +99,7 @@ def test_damaged_weights_are_refused_to_the_bit(tmp_path, model, suffix):
             write_weights(path, weights, settings)
         return path.read_bytes()
 
-    settings, weights = dict(model.hparams), model.state_dict()
+    settings, weights = model.settings, model.state_dict()
     content = save(settings, weights)
     assert same_model(load(str(path)), model)
 
@@ -111,7 +110,7 @@ def test_damaged_weights_are_refused_to_the_bit(tmp_path, model, suffix):
             case 1:
                 save(settings, {k: v for k, v in weights.items() if k != rng.choice(sorted(weights))})
             case 2 if suffix == "safetensors":  # weights exchanged in the file, not before its hash was taken
-                path.write_bytes(content.replace(b"net.first.weight", b"net.FIRST.weight", 1))
+                path.write_bytes(content.replace(b"network.first.weight", b"network.FIRST.weight", 1))
             case _:
                 path.write_bytes(damage(content, rng))
 
@@ -165,7 +164,7 @@ def test_damaged_idx_files_are_refused_or_renewed_from_their_archive(small_mnist
     [
         (("model", "n_residual"), 10**9),
         (("model", "hidden_channels"), 10**9),
-        (("model", "level_channels"), 10**12),
+        (("model", "embedding", "width"), 10**12),
         (("num_classes",), 10**12),
         (("image_shape",), [3, 10**6, 10**6]),
         (("image_shape",), [10**9, 4, 4]),
@@ -173,7 +172,7 @@ def test_damaged_idx_files_are_refused_or_renewed_from_their_archive(small_mnist
     ],
 )
 def test_a_stranger_cannot_ask_for_all_memory_or_time(tmp_path, model, where, value):
-    settings = {**model.hparams, "model": dict(model.hparams["model"])}
+    settings = copy.deepcopy(model.settings)
     inner = settings
     for key in where[:-1]:
         inner = inner[key]
@@ -198,22 +197,21 @@ INT8, ONES = torch.ones(3, 1, dtype=torch.int8), torch.ones(3, 1)
 )
 def test_scales_that_a_stranger_chose_are_refused(weight, scale):
     with pytest.raises((ValueError, TypeError)):
-        restored({"w": weight, f"w{SCALE}": scale})
+        dequantize({"w": weight, f"w{SCALE}": scale})
 
 
 @pytest.mark.parametrize("added", [{f"x{SCALE}": ONES}, {"x": ONES}, {"x": ONES.to_sparse()}, {5: ONES}])
 def test_weights_that_belong_to_nothing_are_refused(tmp_path, model, added):
-    torch.save(
-        {"hyper_parameters": dict(model.hparams), "state_dict": {**model.state_dict(), **added}}, tmp_path / "x.ckpt"
-    )
+    torch.save({"hyper_parameters": model.settings, "state_dict": {**model.state_dict(), **added}}, tmp_path / "x.ckpt")
     with pytest.raises(UserError):
         load(str(tmp_path / "x.ckpt"))
 
 
-@pytest.mark.parametrize("where", ["hidden_channels", "level_channels"])
+@pytest.mark.parametrize("where", ["hidden_channels", "embedding"])
 def test_settings_that_do_not_fit_the_weights_get_no_memory(tmp_path, model, monkeypatch, where):
     """But what any constructor needs: nothing is allocated that would go beyond the budget."""
-    settings = {**model.hparams, "model": {**model.hparams["model"], where: 10**8}}
+    large = 10**8 if where == "hidden_channels" else model.settings["model"]["embedding"] | {"width": 10**8}
+    settings = model.settings | {"model": model.settings["model"] | {where: large}}
     torch.save({"hyper_parameters": settings, "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
     made, normal = [], torch.nn.init.normal_
     monkeypatch.setattr(torch.nn.init, "normal_", lambda w, **own: made.append(w.nbytes) or normal(w, **own))
@@ -223,7 +221,7 @@ def test_settings_that_do_not_fit_the_weights_get_no_memory(tmp_path, model, mon
 
 
 def test_an_archive_that_would_unpack_to_any_size_is_refused(tmp_path, model):
-    torch.save({"hyper_parameters": dict(model.hparams), "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    torch.save({"hyper_parameters": model.settings, "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
     with zipfile.ZipFile(tmp_path / "x.ckpt") as plain, zipfile.ZipFile(tmp_path / "y.ckpt", "w", 8) as packed:
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
@@ -235,7 +233,7 @@ def test_an_archive_that_would_unpack_to_any_size_is_refused(tmp_path, model):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, model, value):
     weights = {name: values.clone() for name, values in model.state_dict().items()}
-    weights["net.first.bias"][0] = value
-    torch.save({"hyper_parameters": dict(model.hparams), "state_dict": weights}, tmp_path / "x.ckpt")
+    weights["network.first.bias"][0] = value
+    torch.save({"hyper_parameters": model.settings, "state_dict": weights}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="not finite"):
         load(str(tmp_path / "x.ckpt"))

@@ -6,13 +6,27 @@ import itertools
 import lightning as L
 import pytest
 import torch
-from tiny import EACH_ONCE, LIKELIHOODS, NETWORKS, PAIRS, check_context, check_no_future, density, make, set_dropout
+from tiny import (
+    EACH_ONCE,
+    LIKELIHOODS,
+    NETWORKS,
+    PAIRS,
+    check_no_future,
+    check_receptive_field,
+    density,
+    make,
+    module,
+    set_dropout,
+)
 from torch._dynamo.testing import CompileCounter
 
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.density.load import load
+from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.nn.embeddings import LevelEmbedding
-from pixelcnn_lit.nn.layers import CausalConv2d, recompute_blocks
+from pixelcnn_lit.nn.layers import CausalConv2d, checkpoint_blocks
+from pixelcnn_lit.nn.wavefronts import At
 
 TOLERANCE = 1e-9
 
@@ -32,49 +46,49 @@ GREY, COLOURS, SMALL = ((1, 2, 3), 3), ((3, 2, 2), 2), ((3, 1, 2), 3)  # an imag
 )
 @torch.no_grad()
 def test_law_1_the_probabilities_of_all_images_sum_to_one(network, likelihood, image_shape, levels):
-    net, inside = make(network, likelihood, image_shape, levels)
+    model = make(network, likelihood, image_shape, levels)
     x = every_image(image_shape, levels)
     for label in (0, 2, 3):  # two classes, and none
         y = torch.full((len(x),), label)
-        total = inside.log_prob(net(x, y), x).sum((1, 2, 3)).exp().sum()
+        total = (-model(x, y)).exp().sum()
         assert abs(total - 1) < TOLERANCE
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("image_shape", [(1, 7, 7), (3, 5, 6), (2, 2, 3), (1, 1, 1)])
+@pytest.mark.parametrize("image_shape", [(1, 7, 7), (3, 5, 6), (3, 2, 3), (1, 1, 1)])
 @pytest.mark.parametrize("network", NETWORKS)
 @torch.no_grad()
 def test_law_2_no_feature_sees_its_own_or_a_later_pixel(network, image_shape, mode):
-    net, _ = make(network, LIKELIHOODS[0], image_shape, levels=17, n_residual=2)
+    model = make(network, LIKELIHOODS[0], image_shape, levels=17, n_residual=2)
     if mode == "train":
-        if not net.train_is_likelihood:
+        if not model.network.train_is_likelihood:
             pytest.skip("its training-mode loss is not a likelihood, and it says so")
-        net.train()
-    check_no_future(net, image_shape)
+        model.train()
+    check_no_future(model)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 @torch.no_grad()
-def test_law_3_the_features_see_every_pixel_of_the_claimed_context(network):
-    net, _ = make(network, LIKELIHOODS[0], (1, 7, 7), levels=17, n_residual=2)
-    check_context(net)
+def test_law_3_the_features_see_every_pixel_of_the_receptive_field(network):
+    model = make(network, LIKELIHOODS[0], (1, 7, 7), levels=17, n_residual=2)
+    check_receptive_field(model)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_law_3_the_context_is_every_earlier_pixel_where_there_is_no_blind_spot(network):
+def test_law_3_the_receptive_field_is_every_earlier_pixel_where_there_is_no_blind_spot(network):
     """It is the network that says so; here it is deep enough for the image."""
-    net, _ = make(network, LIKELIHOODS[0], (1, 7, 7), levels=17, n_residual=2)
-    if not getattr(net, "no_blind_spot", False):
-        pytest.skip("it claims no more than its context")
+    model = make(network, LIKELIHOODS[0], (1, 7, 7), levels=17, n_residual=2)
+    if not getattr(model.network, "no_blind_spot", False):
+        pytest.skip("it claims no more than its receptive field")
     for p in range(49):
-        assert net.context(p // 7, p % 7).flatten().tolist() == [q < p for q in range(49)]
+        assert model.network.receptive_field(p // 7, p % 7).flatten().tolist() == [q < p for q in range(49)]
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize(("channels", "levels"), [(1, 2), (1, 17), (3, 5), (3, 256)])
 @torch.no_grad()
 def test_law_4_log_prob_is_channel_logits_at_the_value(likelihood, channels, levels):
-    _, inside = make(NETWORKS[0], likelihood, (channels, 4, 4), levels)
+    inside = make(NETWORKS[0], likelihood, (channels, 4, 4), levels).likelihood
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, inside.out_channels, 4, 4, generator=generator, dtype=torch.float64)
     x = torch.randint(levels, (2, channels, 4, 4), generator=generator, dtype=torch.uint8)
@@ -93,7 +107,7 @@ def test_law_6_a_checkpoint_loaded_and_asked_again_gives_the_same_bits(network, 
     model = density(network, likelihood, (3, 2, 2), levels=5)
     x, y = torch.randint(5, (4, 3, 2, 2), dtype=torch.uint8), torch.tensor([0, 1, 2, 3])
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.strategy.connect(model)
+    trainer.strategy.connect(DensityModule(model))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert torch.equal(load(str(tmp_path / "x.ckpt")).nats(x, y), model.nats(x, y))
 
@@ -101,7 +115,7 @@ def test_law_6_a_checkpoint_loaded_and_asked_again_gives_the_same_bits(network, 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @torch.no_grad()
 def test_bf16_features_are_raised_to_float32(likelihood):
-    _, inside = make(NETWORKS[0], likelihood, (3, 4, 4), 256)
+    inside = make(NETWORKS[0], likelihood, (3, 4, 4), 256).likelihood
     features = torch.randn(2, inside.out_channels, 4, 4).bfloat16()
     x = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -115,8 +129,8 @@ def test_bf16_features_are_raised_to_float32(likelihood):
 def test_the_class_matters_unless_unconditional(network):
     x = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
     for conditional in (True, False):
-        net, _ = make(network, LIKELIHOODS[0], conditional=conditional)
-        same = torch.equal(net(x, torch.tensor([0])), net(x, torch.tensor([1])))
+        model = make(network, LIKELIHOODS[0], conditional=conditional)
+        same = torch.equal(model.features(x, torch.tensor([0])), model.features(x, torch.tensor([1])))
         assert same != conditional
 
 
@@ -124,18 +138,18 @@ def test_the_class_matters_unless_unconditional(network):
 @torch.no_grad()
 def test_scaling_never_looks_at_the_data(network):
     """A black image beside a white one and alone: published code divides by 255 only `if x.max() > 1`."""
-    net, _ = make(network, LIKELIHOODS[0], levels=256)
+    model = make(network, LIKELIHOODS[0], levels=256)
     dark, y = torch.ones(1, 1, 4, 4, dtype=torch.uint8), torch.tensor([0])
-    beside = net(torch.cat([dark, 255 * dark]), y.repeat(2))[:1]
-    assert torch.allclose(net(dark, y), beside, atol=1e-12)
+    beside = model.features(torch.cat([dark, 255 * dark]), y.repeat(2))[:1]
+    assert torch.allclose(model.features(dark, y), beside, atol=1e-12)
 
 
 @pytest.mark.parametrize("width", [0, 3])
 @torch.no_grad()
 def test_a_level_is_read_as_its_number_and_as_its_row_of_the_table_of_its_channel(width):
-    read, like = LevelEmbedding(2, 5, width), torch.zeros((), dtype=torch.float64)
+    read, dtype = LevelEmbedding(2, 5, width), torch.float64
     x = torch.randint(5, (2, 2, 3, 4), dtype=torch.uint8)
-    channels = read(x, like)
+    channels = read(x, dtype)
     assert channels.dtype == torch.float64
     assert channels.shape == (2, read.out_channels, 3, 4)
     assert channels.is_contiguous()  # channels last would make them so in all convolutions, channels_last=false or not
@@ -144,9 +158,10 @@ def test_a_level_is_read_as_its_number_and_as_its_row_of_the_table_of_its_channe
         assert torch.allclose(number, x[:, c].double() / 2 - 1)
         for k, column in enumerate(row):
             assert torch.equal(column, read.tables[c].weight[x[:, c].long(), k].double())
-    assert torch.equal(read.reader(like)(x[..., 1, 2]), channels[..., 1, 2])
+    stepped = read.stepper(dtype, x.device)(x[..., 1, 2], At.pixel(1, 2, width=4))
+    assert torch.equal(stepped, channels[..., 1, 2])
     with torch.autocast("cpu", torch.bfloat16):  # as in training, where the scores read the same rows without
-        assert torch.equal(read(x, like), channels)
+        assert torch.equal(read(x, dtype), channels)
 
 
 @pytest.mark.parametrize("mask_type", ["A", "B"])
@@ -163,16 +178,16 @@ def test_masked_weights_never_leave_zero(mask_type):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(network):
-    net, _ = make(network, "categorical", (1, 7, 7), levels=17, n_residual=6)
-    set_dropout(net.train(), 0.5)
-    again = copy.deepcopy(net)
-    if not recompute_blocks(again):
+    model = make(network, "categorical", (1, 7, 7), levels=17, n_residual=6)
+    set_dropout(model.train(), 0.5)
+    again = copy.deepcopy(model)
+    if not checkpoint_blocks(again):
         with pytest.raises(UserError, match="gradient_checkpointing=true"):
-            density(network, "categorical", gradient_checkpointing=True)
+            module(network, "categorical", gradient_checkpointing=True)
         return
     x, y = torch.randint(17, (2, 1, 7, 7), dtype=torch.uint8), torch.tensor([0, 2])
     kept, gradients = [], []
-    for each in (net, copy.deepcopy(again)):  # an EMA copies the network, too
+    for each in (model, copy.deepcopy(again)):  # an EMA copies the network, too
         kept.append(0)
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -181,9 +196,9 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(network):
 
         torch.manual_seed(0)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = each(x, y).square().sum()
+            loss = each.features(x, y).square().sum()
         loss.backward()
-        gradients.append([parameter.grad for parameter in each.parameters()])
+        gradients.append([parameter.grad for parameter in each.network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert kept[1] < kept[0] / 2
 
@@ -197,14 +212,14 @@ REST = [pytest.param(*pair, marks=pytest.mark.long) for pair in EACH_ONCE if pai
 def test_a_loss_compiles_into_one_graph_and_once(network, likelihood, gradient_checkpointing):
     own = {"n_residual": 2, "gradient_checkpointing": gradient_checkpointing}
     try:
-        model = density(network, likelihood, (3, 5, 7), **own).train()
+        model = module(network, likelihood, (3, 5, 7), **own).density.train()
     except UserError:
         assert gradient_checkpointing
         pytest.skip("it has no blocks that can be computed twice")
     set_dropout(model, 0.1)
     torch.compiler.reset()  # else torch counts the models of all these tests as one that is compiled again and again
     counter = CompileCounter()
-    compiled = torch.compile(DensityModel.nats, backend=counter, fullgraph=True)
+    compiled = torch.compile(Density.forward, backend=counter, fullgraph=True)
     for seed in range(3):
         x = torch.randint(17, (2, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
         compiled(model, x, torch.tensor([0, seed])).sum().backward()
@@ -214,13 +229,13 @@ def test_a_loss_compiles_into_one_graph_and_once(network, likelihood, gradient_c
 def test_the_loss_of_training_alone_is_compiled(monkeypatch):
     """Scores, samples and the names of the weights are of the network as it is."""
     plain = density("pixelcnn", "categorical")
-    assert density("pixelcnn", "categorical", compile=True).state_dict().keys() == plain.state_dict().keys()
+    assert module("pixelcnn", "categorical", compile=True).density.state_dict().keys() == plain.state_dict().keys()
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: lambda *batch: compiled.append(batch) or function(*batch))
-    model = density("pixelcnn", "categorical", compile=True)
+    model = module("pixelcnn", "categorical", compile=True)
     batch = torch.zeros(2, 1, 4, 5, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
     model.validation_step(batch, 0)
-    model.draw({"_target_": "pixelcnn_lit.samplers.draw.draw", "n_per_class": 1})
+    model.density.sample()
     assert not compiled
     model.log = lambda *args, **own: None
     model.training_step(batch, 0).backward()

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pixelcnn_lit.checkpoints.read import read_checkpoint
-from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.run_dir import new_dir
 from pixelcnn_lit.runs.saved import alone_in
 from pixelcnn_lit.training.resume import Streams
@@ -47,8 +48,8 @@ def train(directory: Path, *overrides: str) -> None:
 
 
 def cut_off(directory: Path, overrides: list[str], where: str, after: int) -> None:
-    """A run that is killed after `after` calls of the DensityModel's method `where`."""
-    with killed(DensityModel, where, after):
+    """A run that is killed after `after` calls of the DensityModule's method `where`."""
+    with killed(DensityModule, where, after):
         train(directory, *overrides)
 
 
@@ -195,8 +196,8 @@ def test_a_run_directory_that_was_moved_goes_on(tmp_path, monkeypatch):
     """Its best score, too, which Lightning alone would forget: here what follows is worse."""
     cut_off(tmp_path / "here", RUN, "training_step", 13)
     (tmp_path / "here").rename(tmp_path / "there")
-    nats = DensityModel.nats
-    monkeypatch.setattr(DensityModel, "nats", lambda self, *batch: nats(self, *batch) * (1 if self.training else 2))
+    nats = Density.forward
+    monkeypatch.setattr(Density, "forward", lambda self, *batch: nats(self, *batch) * (1 if self.training else 2))
     train(tmp_path / "there", "ckpt=last")
     result = json.loads((tmp_path / "there" / "result.json").read_text())
     best = read_checkpoint(result["checkpoint"])
@@ -304,7 +305,7 @@ def test_a_signal_in_a_validation_never_loses_what_was_not_saved(tmp_path, whole
     """Where gradients are being accumulated the state cannot be saved: the run goes on to the next optimizer step."""
     settings = [*RUN, "trainer.val_check_interval=2", f"trainer.accumulate_grad_batches={accumulate}"]
     train(tmp_path / "whole", *settings)
-    step, calls = DensityModel.validation_step, []
+    step, calls = DensityModule.validation_step, []
 
     def signalled(self, *arguments):
         calls.append(1)
@@ -313,7 +314,7 @@ def test_a_signal_in_a_validation_never_loses_what_was_not_saved(tmp_path, whole
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DensityModel, "validation_step", signalled)
+        patch.setattr(DensityModule, "validation_step", signalled)
         with pytest.raises(SystemExit) as stop:
             train(tmp_path / "cut", *settings)
     assert stop.value.code == 130
@@ -335,14 +336,14 @@ def test_the_overrides_of_a_run_are_those_it_began_with(cut):
 
 def test_chance_within_a_step_does_not_depend_on_what_was_drawn_before(tmp_path, whole):
     """Validation that draws numbers, other people's callbacks: training does not notice."""
-    validation_step = DensityModel.validation_step
+    validation_step = DensityModule.validation_step
 
     def drawing(self, *arguments):
         torch.rand(7), np.random.rand(3), random.random()  # noqa: NPY002
         return validation_step(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DensityModel, "validation_step", drawing)
+        patch.setattr(DensityModule, "validation_step", drawing)
         train(tmp_path, *RUN)
     assert_same(final(tmp_path), final(whole("plain")))
 
@@ -359,22 +360,23 @@ def test_each_step_and_process_draws_its_own_numbers():
 
 @pytest.mark.parametrize("where", ["loss", "weight", "validation"])
 def test_a_run_that_leaves_the_numbers_stops_and_keeps_what_was_good(tmp_path, cut, monkeypatch, where):
-    original = {name: getattr(DensityModel, name) for name in ("training_step", "nats")}
+    training_step, nats = DensityModule.training_step, Density.forward
 
     def broken_training(self, batch, index):
-        loss = original["training_step"](self, batch, index)
+        loss = training_step(self, batch, index)
         if self.global_step == 7 and where == "weight":  # a finite loss whose gradient is not
-            loss = loss + (self.net.first.bias[0] - self.net.first.bias[0].detach()).abs().sqrt()
+            bias = self.density.network.first.bias[0]
+            loss = loss + (bias - bias.detach()).abs().sqrt()
         return loss * math.nan if self.global_step == 7 and where == "loss" else loss
 
     def broken_nats(self, x, y):
-        return original["nats"](self, x, y) * (math.nan if where == "validation" and not self.training else 1)
+        return nats(self, x, y) * (math.nan if where == "validation" and not self.training else 1)
 
-    monkeypatch.setattr(DensityModel, "training_step", broken_training)
+    monkeypatch.setattr(DensityModule, "training_step", broken_training)
     directory, asked = tmp_path / "new", RUN
     if where == "validation":
         directory, asked = cut, ["ckpt=last"]
-        monkeypatch.setattr(DensityModel, "nats", broken_nats)
+        monkeypatch.setattr(Density, "forward", broken_nats)
     line = refused("train", f"run_dir={directory}", *asked)
     name, epoch, step = {"loss": ("the loss", 2, 8), "weight": ("a weight", 2, 8)}.get(where, ("val/nll", 2, 10))
     assert f"{name} is not finite at epoch {epoch}, step {step}, learning rate " in line

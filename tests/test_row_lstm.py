@@ -9,10 +9,10 @@ from pixelcnn_lit.models.row_lstm import RowLSTM, RowLSTMLayer
 @torch.no_grad()
 def test_a_layer_is_equation_3_written_as_a_loop_over_pixels():
     channels, states, height, width = 6, 3, 4, 5
-    layer = RowLSTMLayer(channels, 2, conditional=True, dropout=0.0).double()
+    layer = RowLSTMLayer(channels, 2, dropout=0.0).double()
     redraw(layer)
     x, y = torch.randn(2, channels, height, width, dtype=torch.float64), torch.tensor([1, 2])
-    normed, bias = layer.norm(x), layer.embed(y)[:, :, 0, 0] + layer.input_to_state.bias
+    normed, bias = layer.norm(x), layer.embed.rows(y) + layer.input_to_state.bias
     i2s, s2s = layer.input_to_state.weight[:, :, 0], layer.state_to_state.weight  # [4S,C,2], [4S,S,3]
     h, c = (torch.zeros(2, states, height + 1, width + 2, dtype=torch.float64) for _ in range(2))  # and outside
     done = torch.empty_like(x)
@@ -31,8 +31,8 @@ def test_a_layer_is_equation_3_written_as_a_loop_over_pixels():
 
 
 def test_it_sees_a_triangle_up_to_the_first_row():
-    net = RowLSTM((1, 9, 15), 2, 4, 4, hidden_channels=8, n_residual=1)
-    seen = net.context(8, 7)
+    net = RowLSTM((9, 15), 3, 2, 4, hidden_channels=8, n_residual=1)
+    seen = net.receptive_field(8, 7)
     for i in range(8):
         up = 8 - i
         columns = seen[i].nonzero()[:, 0].tolist()

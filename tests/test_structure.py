@@ -22,7 +22,7 @@ FLOORS = (
     ("data",),
     ("lit",),
     ("training", "scoring", "codec"),
-    ("data.__main__", "summarize", *COMMANDS),
+    ("__init__", "data.__main__", "summarize", *COMMANDS),
 )
 
 
@@ -63,7 +63,7 @@ def test_imports_go_down_from_room_to_room_and_run_in_no_circle():
 
 
 def test_a_folder_bears_the_name_of_its_group_in_conf():
-    """A folder is a part. Options of a group that are classes or functions of this package are at home in its folder."""
+    """Options of a group that are classes or functions of this package are at home in its folder."""
     homes = {"model": "models", "likelihood": "likelihoods", "sampler": "samplers", "classifier": "classifiers"}
     homes |= {"dataset": "data", "optimizer": "optim", "scheduler": "optim"}
     for group, folder in homes.items():
@@ -98,7 +98,7 @@ def test_the_baseline_is_the_published_one():
         for dataset in ("cifar10", "mnist"):
             cfg = compose("train", [f"experiment=baseline_{dataset}"])
             assert (cfg.model.hidden_channels, cfg.model.n_residual, cfg.model.norm) == (256, 15, "batch")
-            assert cfg.model.level_channels == 0
+            assert cfg.model.embedding.width == 0
             assert cfg.likelihood.colour == "independent"
             assert cfg.optimizer._target_.endswith(".Adam")
             assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (3e-4, 1e-5)
@@ -113,7 +113,7 @@ def test_the_baseline_is_the_published_one():
 def test_the_published_recipe_of_the_race_has_nothing_of_ours():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", ["experiment=mnist_race_published"])
-    assert (cfg.model.norm, cfg.model.level_channels, cfg.model.dropout) == ("batch", 0, 0.0)
+    assert (cfg.model.norm, cfg.model.embedding.width, cfg.model.dropout) == ("batch", 0, 0.0)
     assert (cfg.likelihood.colour, cfg.likelihood.ordinal, cfg.get("scheduler")) == ("independent", False, None)
     assert cfg.optimizer._target_.endswith(".Adam")
 

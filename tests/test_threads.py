@@ -14,7 +14,8 @@ from tiny import configs
 
 from pixelcnn_lit.checkpoints.safetensors import write_weights
 from pixelcnn_lit.codec import coder
-from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs import machine, workers
 from pixelcnn_lit.runs.command import CONF
 from pixelcnn_lit.samplers import draw as drawing
@@ -69,8 +70,8 @@ def spied(monkeypatch, owner: Any, name: str) -> list[int]:
 def ckpt(tmp_path) -> str:
     """A tiny model of images of 1×4×4, as a file."""
     facts = {"image_shape": [1, 4, 4], "levels": 17, "num_classes": 3, "class_names": ["a", "b", "c"], "label": ""}
-    model = DensityModel(**configs("pixelcnn", "categorical"), **facts, dataset={})
-    write_weights(tmp_path / "model.safetensors", model.state_dict(), dict(model.hparams))
+    model = Density(**configs("pixelcnn", "categorical"), **facts, dataset={})
+    write_weights(tmp_path / "model.safetensors", model.state_dict(), model.settings)
     return str(tmp_path / "model.safetensors")
 
 
@@ -111,10 +112,10 @@ def work_of(*overrides: str, batch_size: int | None = None) -> float:
         cfg = compose("train", list(overrides))
     settings: Any = OmegaConf.to_container(cfg)
     dataset = settings["dataset"]["_target_"].rpartition(".")[2]
-    kinds = {key: settings[key] for key in ("model", "likelihood", "optimizer")}
-    facts = {**FACTS[dataset], "num_classes": 10, "class_names": [], "label": "", "dataset": {}}
+    kinds = {key: settings[key] for key in ("model", "likelihood")}
+    facts = {**FACTS[dataset], "num_classes": 10, "class_names": []}
     with torch.device("meta"):
-        model = DensityModel(**kinds, **facts)
+        model = Density(**kinds, **facts)
     return machine.step_work(model, model.image_shape, batch_size or settings["dataset"]["batch_size"])
 
 
@@ -145,7 +146,7 @@ def test_every_command_takes_threads_and_checks_them_before_any_work(tmp_path, c
 
 
 def test_a_run_keeps_its_threads_and_its_grids_step_on_one(four_cores, monkeypatch, tmp_path, capsys):
-    training, grids = spied(monkeypatch, DensityModel, "training_step"), spied(monkeypatch, drawing, "walk")
+    training, grids = spied(monkeypatch, DensityModule, "training_step"), spied(monkeypatch, drawing, "walk")
     initial = spied(monkeypatch, torch.nn.init, "kaiming_uniform_")
 
     def train(*overrides: str) -> dict[str, set[int] | int]:
@@ -185,7 +186,7 @@ def test_each_of_several_processes_takes_its_share_whatever_lightning_sets(four_
 def test_drawing_takes_one_thread_and_gives_the_others_back(four_cores, monkeypatch):
     seen = spied(monkeypatch, drawing, "walk")
     facts = {"image_shape": [1, 4, 4], "levels": 17, "num_classes": 3, "class_names": [], "label": "", "dataset": {}}
-    model = DensityModel(**configs("pixelcnn", "categorical"), **facts)
+    model = Density(**configs("pixelcnn", "categorical"), **facts)
     torch.set_num_threads(3)
     model.draw({"_target_": "pixelcnn_lit.samplers.draw.draw"})
     model.draw({"_target_": "pixelcnn_lit.samplers.draw.draw"}, threads=2)

@@ -32,7 +32,9 @@ import pixelcnn_lit.summarize
 import pixelcnn_lit.train
 from pixelcnn_lit.checkpoints.read import read_checkpoint
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.density.load import load
+from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.nn.layers import CausalConv2d
 from pixelcnn_lit.optim.schedulers import WarmupCosine
 from pixelcnn_lit.runs.saved import WEIGHTS
@@ -170,14 +172,13 @@ def test_the_directory_of_a_run_stands_for_its_best_weights(run, tmp_path):
 
 
 def test_classes_are_asked_for_by_name_and_where_none_is_so_called_by_number(run, monkeypatch, tmp_path):
-    hparams = load(str(run)).hparams
     names = ["10", "2", "cat", *"abcdefg"]
-    model = DensityModel(**hparams | {"class_names": names, "label_dropout": 0.1})
-    assert model.numbers_of("x", ["cat", 10, "10", 2, 1, "2", 9]) == [2, 0, 0, 1, 1, 1, 9]
+    model = Density(**load(str(run)).settings | {"class_names": names, "label_dropout": 0.1})
+    assert model.class_numbers(["cat", 10, "10", 2, 1, "2", 9]) == [2, 0, 0, 1, 1, 1, 9]
     with pytest.raises(
         UserError, match=re.escape("classes=dog: this model was trained on 10 (0), 2 (1), cat (2), a (3)")
     ):
-        model.numbers_of("classes=dog", ["dog"])
+        model.class_numbers(["dog"], "classes=dog")
     model.load_state_dict(load(str(run)).state_dict())
     monkeypatch.setattr(pixelcnn_lit.sample, "load", lambda ckpt: model)
     monkeypatch.setattr(pixelcnn_lit.complete, "load", lambda ckpt: model)
@@ -210,7 +211,7 @@ def test_completions_keep_what_is_known_and_score_the_rest(run, monkeypatch, tmp
     if conditional:
         test, model = open_data().test[:3], load(str(run / "checkpoints" / "best.ckpt"))
         with torch.no_grad():
-            nats = -model.likelihood.log_prob(model.net(test.x, test.y), test.x)[:, :, 4:]
+            nats = -model.log_prob(test.x, test.y)[:, :, 4:]
         assert result["bpd of the images' own rest"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)
 
 
@@ -221,8 +222,8 @@ def test_a_png_is_completed_where_its_mask_is_black(run, monkeypatch, tmp_path):
     Image.fromarray(picture).save(tmp_path / "in.png"), Image.fromarray(mask).save(tmp_path / "mask.png")
     asked = [f"ckpt={run}/checkpoints/best.ckpt", f"image={tmp_path}/in.png", f"keep_mask={tmp_path}/mask.png"]
     drawn = []
-    draw = DensityModel.draw
-    monkeypatch.setattr(DensityModel, "draw", lambda *a, **own: drawn.append(draw(*a, **own)) or drawn[-1])
+    draw = Density.draw
+    monkeypatch.setattr(Density, "draw", lambda *a, **own: drawn.append(draw(*a, **own)) or drawn[-1])
     command("complete", *asked, "label=5", "sampler.n_per_class=3", f"run_dir={tmp_path}")
     kept = torch.from_numpy(picture.astype(int) * 17 // 256)[:, :4]
     assert drawn[0].shape == (1, 3, 1, 8, 8)
@@ -254,16 +255,15 @@ def test_a_completion_that_cannot_be_gets_one_line(run, monkeypatch, tmp_path, a
 
 def test_exported_weights_draw_the_same_and_say_nothing_of_the_machine(run, monkeypatch, tmp_path):
     best, out = str(run / "checkpoints" / "best.ckpt"), str(tmp_path / "x.safetensors")
-    hparams = load(best).hparams
+    settings = load(best).settings
     places = {"root": "/home/me", "path": "/home/me/x.npz", "name": "/home/me/x.npz"}
-    model = DensityModel(**hparams | {"dataset": hparams["dataset"] | places})
+    model = Density(**settings | {"dataset": settings["dataset"] | places})
     model.load_state_dict(load(best).state_dict())
     monkeypatch.setattr(pixelcnn_lit.export, "load", lambda ckpt: model)
     command("export", f"ckpt={best}", f"out={out}")
-    assert load(out).hparams["dataset"] == hparams["dataset"] | {"name": "x"}
+    assert load(out).settings["dataset"] == settings["dataset"] | {"name": "x"}
     assert b"/home/me" not in Path(out).read_bytes()
-    sampler = {"_target_": "pixelcnn_lit.samplers.draw.draw"}
-    assert torch.equal(load(out).draw(sampler), load(best).draw(sampler))
+    assert torch.equal(load(out).sample(), load(best).sample())
 
 
 def test_rounded_weights_are_near_and_their_files_small(run, monkeypatch, tmp_path):
@@ -276,7 +276,7 @@ def test_rounded_weights_are_near_and_their_files_small(run, monkeypatch, tmp_pa
     assert sizes["int8"] < 0.45 * sizes["float32"]  # much of so small a model is not in int8
     near = 0
     for name, weight in whole.items():
-        halved, inside = weight.half().to(weight.dtype), name.startswith("net.blocks")
+        halved, inside = weight.half().to(weight.dtype), name.startswith("network.blocks")
         assert torch.equal(read["float32"][name], weight)
         assert torch.equal(read["float16"][name], halved)
         if torch.equal(read["int8"][name], halved):
@@ -284,7 +284,7 @@ def test_rounded_weights_are_near_and_their_files_small(run, monkeypatch, tmp_pa
         else:
             errors, furthest = (w.flatten(1).abs().amax(1) for w in (read["int8"][name] - weight, weight))
             assert (errors <= furthest / 253).all()  # half of its 127th part, and the rounding of float32
-            assert not name.startswith(("likelihood.", "net.read.", "net.first."))
+            assert not name.startswith(("likelihood.", "embedding.", "network.first."))
             near += 1
     assert near >= 2
 
@@ -307,8 +307,8 @@ def test_the_weights_the_package_brings_along_draw_digits(monkeypatch, tmp_path)
 )
 def test_the_weights_the_package_brings_along_are_small_and_say_nothing_of_a_machine(name, label, most):
     model = load(name)
-    assert model.hparams["label"].startswith(label)
-    assert "/" not in str(dict(model.hparams["dataset"]))
+    assert model.label.startswith(label)
+    assert "/" not in str(model.settings["dataset"])
     assert (WEIGHTS / f"{name}.safetensors").stat().st_size <= most
 
 
@@ -358,18 +358,18 @@ def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_
     live = [pixelcnn_lit.benchmark.live_flops(each.float(), x, y) for each in (model, dense)]
     assert live[0] == live[1]  # the dead rows of the dense kernels are no work either
     published = pixelcnn_lit.benchmark.as_published(density("pixel_attention", "categorical", (1, 6, 6)))
-    kernels = [layer for layer in published.net.modules() if hasattr(layer, "mask")]
+    kernels = [layer for layer in published.modules() if hasattr(layer, "mask")]
     assert len(kernels) == 1 + 2 + 2
     assert not any(isinstance(kernel, CausalConv2d) for kernel in kernels)
     assert all(kernel.weight.is_contiguous() for kernel in kernels)
-    assert published.net.blocks[0].norm1.__class__ is torch.nn.BatchNorm2d
+    assert published.network.blocks[0].norm1.__class__ is torch.nn.BatchNorm2d
 
     class Alone(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.conv = CausalConv2d(2, 3, 3, "B")
 
-        def nats(self, x, y):
+        def forward(self, x, y):
             return self.conv(x).sum((1, 2, 3))
 
     x = torch.randn(4, 2, 5, 6)
@@ -380,7 +380,7 @@ def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_
 
 def test_attention_to_later_pixels_is_no_work():
     class Alone(torch.nn.Module):
-        def nats(self, x, y):
+        def forward(self, x, y):
             tokens = x.flatten(2).mT.contiguous()[:, None].requires_grad_()
             attend = torch.nn.functional.scaled_dot_product_attention
             return attend(tokens, tokens, tokens, is_causal=True).sum((1, 2, 3))
@@ -396,13 +396,13 @@ def test_the_mean_counts_every_image_once_whatever_the_batches(run):
         exact = model.nats(data.test.x, data.test.y).double().mean() / 64 / math.log(2)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     for data.batch_size in (7, 32, 250):
-        trainer.test(model, data.test_dataloader(), verbose=False)
+        trainer.test(DensityModule(model), data.test_dataloader(), verbose=False)
         assert float(trainer.callback_metrics["test/bpd"]) == pytest.approx(float(exact), abs=1e-5)
 
 
 def test_a_uniform_model_scores_log2_of_the_levels(run):
     model = load(str(run / "checkpoints" / "best.ckpt"))
-    last = list(model.net.modules())[-1]
+    last = list(model.network.modules())[-1]
     for parameter in (*last.parameters(), *model.likelihood.parameters()):
         torch.nn.init.zeros_(parameter)
     data = open_data()
@@ -420,12 +420,12 @@ def test_sample_grids_do_not_disturb_training(tmp_path):
 
 def test_the_published_block_trains_and_says_that_its_training_loss_is_no_likelihood(tmp_path, capsys):
     one_run(tmp_path, "model.norm=batch", "optimizer=adam", "scheduler=plateau", "callbacks=no_ema")
-    assert not load(str(tmp_path / "checkpoints" / "last.ckpt")).net.train_is_likelihood
+    assert not load(str(tmp_path / "checkpoints" / "last.ckpt")).network.train_is_likelihood
     assert re.search(r"train \d\.\d+ \(no likelihood\), val ", capsys.readouterr().out)
 
 
 def test_an_unconditional_model_trains_and_draws_one_row(tmp_path):
-    one_run(tmp_path, "model.conditional=false")
+    one_run(tmp_path, "conditional=false")
     assert load(str(tmp_path / "checkpoints" / "best.ckpt")).classes == [10]
 
 
@@ -575,10 +575,9 @@ def test_a_checkpoint_cut_off_while_it_is_written_leaves_the_earlier_one(tmp_pat
 
 
 def test_label_dropout_hides_the_class_from_some_images(run):
-    settings = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["hyper_parameters"]
-    model = DensityModel(**settings | {"label_dropout": 1.0})
+    model = DensityModule(Density(**load(str(run)).settings | {"label_dropout": 1.0}))
     seen = []
-    model.net.embed.register_forward_pre_hook(lambda _, y: seen.append(y[0]))
+    model.density.network.embed.register_forward_pre_hook(lambda _, y: seen.append(y[0]))
     model.log = lambda *_, **__: None
     model.training_step((torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 3])), 0)
     assert seen[0].tolist() == [10] * 4

@@ -26,7 +26,9 @@ import pixelcnn_lit.train
 import pixelcnn_lit.train_classifier
 from pixelcnn_lit.config.build import resolve
 from pixelcnn_lit.config.errors import UserError, explain
-from pixelcnn_lit.lit.density_module import DensityModel, load
+from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.density.load import load
+from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.optim.schedulers import optimization
 from pixelcnn_lit.runs.command import CONF
 from pixelcnn_lit.runs.saved import CONTROLS
@@ -236,16 +238,16 @@ def public(module: Any, kind: type) -> list[str]:
 
 
 @pytest.fixture
-def module(settings) -> DensityModel:
+def module(settings) -> DensityModule:
     """A model with a trainer of four steps, for `optimization`."""
     facts = {"image_shape": [1, 4, 4], "num_classes": 2, "levels": 3, "class_names": ["a", "b"], "label": "none"}
-    own = {key: settings["train"][key] for key in ("model", "likelihood", "optimizer")}
-    model: Any = DensityModel(**own, **facts, dataset={})
+    parts = {key: settings["train"][key] for key in ("model", "likelihood")}
+    model: Any = DensityModule(Density(**parts, **facts))
     model._trainer = SimpleNamespace(estimated_stepping_batches=4, callbacks=[], check_val_every_n_epoch=1)
     return model
 
 
-def line_or_step(model: DensityModel, optimizer: dict[str, Any], scheduler: dict[str, Any] | None) -> str | None:
+def line_or_step(model: DensityModule, optimizer: dict[str, Any], scheduler: dict[str, Any] | None) -> str | None:
     """None where a step is made, or the line that refuses."""
     try:
         built = optimization(model, optimizer, scheduler, monitor="val/nll")
@@ -255,7 +257,7 @@ def line_or_step(model: DensityModel, optimizer: dict[str, Any], scheduler: dict
 
     def closure() -> torch.Tensor:
         model.zero_grad()
-        loss = model.nats(x, y).mean()
+        loss = model.density(x, y).mean()
         loss.backward()
         return loss
 

@@ -17,8 +17,9 @@ from tiny import LIKELIHOODS, NETWORKS, make
 
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.runs import workers
+from pixelcnn_lit.runs.pace import Pace
 from pixelcnn_lit.samplers import draw as drawing
-from pixelcnn_lit.samplers.draw import Drawing, Pace, Request, cut, draw
+from pixelcnn_lit.samplers.draw import Drawing, Request, cut, draw
 
 
 def test_batches_are_as_few_as_do_and_as_equal_as_can_be():
@@ -31,14 +32,12 @@ def test_batches_are_as_few_as_do_and_as_equal_as_can_be():
         assert max(sizes) - min(sizes) <= 1
 
 
-def pieces(
-    net, inside, image: torch.Tensor, processes: int, batch_size: int = 4, pace: Pace | None = None
-) -> torch.Tensor:
+def pieces(model, image: torch.Tensor, processes: int, batch_size: int = 4, pace: Pace | None = None) -> torch.Tensor:
     """Nine completions of images of 3×4×5, with guidance."""
     known = torch.zeros(4, 5, dtype=torch.bool)
     known[:2] = True
     y = torch.tensor([0, 3, 1])
-    request = Request(net, inside, y, (3, 4, 5), 4, [0, 1, 2, 3, 4], image, known, None, False, processes, pace)
+    request = Request(model, y, image, known, processes=processes, pace=pace)
     return draw(request, n_per_class=3, batch_size=batch_size, guidance_scale=2.0, seed=7)
 
 
@@ -56,11 +55,11 @@ def test_what_is_sent_to_another_process_draws_the_same_integers(monkeypatch, ne
                 here(n)
 
     monkeypatch.setattr(drawing, "share", shared)
-    net, inside = (part.float() for part in make(network, likelihood, (3, 4, 5), levels=17, num_classes=4))
+    model = make(network, likelihood, (3, 4, 5), levels=17, num_classes=4).float()
     image = torch.randint(17, (3, 3, 4, 5), dtype=torch.uint8)
-    one, several = (pieces(net, inside, image, processes) for processes in (1, 3))
+    one, several = (pieces(model, image, processes) for processes in (1, 3))
     assert torch.equal(one, several)
-    assert torch.equal(pieces(net, inside, image, 1), one)  # the model is as it was
+    assert torch.equal(pieces(model, image, 1), one)  # the model is as it was
 
 
 @pytest.fixture
@@ -82,15 +81,15 @@ def answered(monkeypatch) -> threading.Event:
 def test_other_processes_draw_for_those_who_ask_and_do_not_watch(monkeypatch, processes, watch):
     sent = []
     monkeypatch.setattr(drawing, "share", lambda tasks, here, there, arrived, processes: sent.append(there))
-    net, inside = make("pixelcnn", "categorical", (1, 4, 4), levels=17, num_classes=4)
-    draw(Request(net, inside, torch.tensor([0]), (1, 4, 4), 4, [0], watch=watch, processes=processes))
+    model = make("pixelcnn", "categorical", (1, 4, 4), levels=17, num_classes=4)
+    draw(Request(model, torch.tensor([0]), watch=watch, processes=processes))
     assert (sent != [None]) == (processes > 1 and watch is None)
 
 
 def test_law_5_one_process_or_several_draw_the_same_integers(monkeypatch, answered):
-    net, inside = (part.float() for part in make("pixelcnn", "categorical", (3, 4, 5), levels=17, num_classes=4))
+    model = make("pixelcnn", "categorical", (3, 4, 5), levels=17, num_classes=4).float()
     image = torch.randint(17, (3, 3, 4, 5), dtype=torch.uint8)
-    alone = pieces(net, inside, image, 1)
+    alone = pieces(model, image, 1)
     fill, pace = Drawing.fill, Pace()
 
     def slow(drawing, canvas, batch, watch):
@@ -98,7 +97,7 @@ def test_law_5_one_process_or_several_draw_the_same_integers(monkeypatch, answer
         fill(drawing, canvas, batch, watch)
 
     monkeypatch.setattr(Drawing, "fill", slow)
-    assert torch.equal(pieces(net, inside, image, 2, pace=pace), alone)
+    assert torch.equal(pieces(model, image, 2, pace=pace), alone)
     assert str(pace).endswith("images/s in 2 processes")
 
 

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pixelcnn_lit.config.build import build
 from pixelcnn_lit.data.datamodule import ImageData, image_data
-from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.command import CONF
 
 
@@ -40,45 +40,49 @@ EACH_ONCE = [
 ]
 
 
-def configs(network: str, likelihood: str, n_residual: int = 1, conditional: bool = True) -> dict[str, dict]:
-    """The model, likelihood and optimizer configs of conf/, the network 8 channels wide."""
-    return copy.deepcopy(_configs(network, likelihood, n_residual, conditional))
+def configs(network: str, likelihood: str, n_residual: int = 1) -> dict[str, dict]:
+    """The model and likelihood configs of conf/, the network 8 channels wide."""
+    return copy.deepcopy(_configs(network, likelihood, n_residual))
 
 
 @functools.cache
-def _configs(network: str, likelihood: str, n_residual: int, conditional: bool) -> dict[str, dict]:
+def _configs(network: str, likelihood: str, n_residual: int) -> dict[str, dict]:
     name, *overrides = network.split()
-    sizes = [
-        "model.hidden_channels=8",
-        f"model.n_residual={n_residual}",
-        f"model.conditional={str(conditional).lower()}",
-    ]
+    sizes = ["model.hidden_channels=8", f"model.n_residual={n_residual}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [f"model={name}", f"likelihood={likelihood}", "model_size=tiny", *sizes, *overrides])
-    return {group: OmegaConf.to_container(cfg[group], resolve=True) for group in ("model", "likelihood", "optimizer")}
+    return {group: OmegaConf.to_container(cfg[group], resolve=True) for group in ("model", "likelihood")}
 
 
-def make(
-    network: str, likelihood: str, image_shape=(1, 4, 4), levels=3, num_classes=3, conditional=True, n_residual=1
-) -> tuple[nn.Module, nn.Module]:
-    """A tiny network and likelihood of conf/ in float64 and eval mode, every parameter and buffer redrawn."""
-    config = configs(network, likelihood, n_residual, conditional)
-    facts = {"image_shape": image_shape, "levels": levels}
-    inside = build("likelihood", config["likelihood"], nn.Module, **facts)
-    net = build("model", config["model"], nn.Module, num_classes=num_classes, out_channels=inside.out_channels, **facts)
-    redraw(net.double()), redraw(inside.double())
-    return net.eval(), inside.eval()
+OPTIMIZER = {"_target_": "torch.optim.adam.Adam"}
 
 
-def density(
-    network: str, likelihood: str, image_shape=(1, 4, 5), levels=17, n_residual=1, conditional=True, seed=0, **own
-) -> DensityModel:
-    """A tiny DensityModel of conf/ of three classes, in eval mode, redrawn; `own` are its other settings."""
-    facts = {"num_classes": 3, "class_names": ["a", "b", "c"], "label": "", "dataset": {}}
+def make(network: str, likelihood: str, image_shape=(1, 4, 4), levels=3, num_classes=3, n_residual=1, **own) -> Density:
+    """A tiny model of conf/ in float64 and eval mode, every parameter and buffer redrawn.
+
+    It was trained with and without its class, if `own` settings do not say otherwise.
+    """
+    facts = {"image_shape": image_shape, "levels": levels, "num_classes": num_classes}
+    facts |= {"class_names": [str(label) for label in range(num_classes)], "label_dropout": 0.1}
+    model = Density(**configs(network, likelihood, n_residual) | facts | own).double()
+    for part in (model.embedding, model.network, model.likelihood):
+        redraw(part)
+    return model.eval()
+
+
+def density(network: str, likelihood: str, image_shape=(1, 4, 5), levels=17, n_residual=1, seed=0, **own) -> Density:
+    """A tiny model of conf/ of three classes in float32 and eval mode, redrawn; `own` are its other settings."""
+    facts = {"num_classes": 3, "class_names": ["a", "b", "c"], "dataset": {}}
     facts |= {"image_shape": list(image_shape), "levels": levels}
-    model = DensityModel(**configs(network, likelihood, n_residual, conditional) | facts | own)
+    model = Density(**configs(network, likelihood, n_residual) | facts | own)
     redraw(model, seed)
     return model.eval()
+
+
+def module(*arguments, optimizer=OPTIMIZER, scheduler=None, compile=False, gradient_checkpointing=False, **own):
+    """The DensityModule of such a model, for training."""
+    settings = {"compile": compile, "gradient_checkpointing": gradient_checkpointing}
+    return DensityModule(density(*arguments, **own), optimizer=optimizer, scheduler=scheduler, **settings).eval()
 
 
 @torch.no_grad()
@@ -117,24 +121,24 @@ def open_data(*overrides: str, seed: int = 0) -> ImageData:
 
 
 @torch.no_grad()
-def check_no_future(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Law 2 of a network of 17 levels and 3 classes: changing pixel q changes no feature at any p <= q, to the bit."""
-    _, height, width = image_shape
+def check_no_future(model: Density) -> None:
+    """Law 2 of a model of 17 levels and 3 classes: changing pixel q changes no feature at any p <= q, to the bit."""
+    _, height, width = model.image_shape
     generator = torch.Generator().manual_seed(1)
-    x = torch.randint(17, (2, *image_shape), generator=generator, dtype=torch.uint8)
+    x = torch.randint(17, (2, *model.image_shape), generator=generator, dtype=torch.uint8)
     y = torch.tensor([0, 2])
-    before = net(x, y)
+    before = model.features(x, y)
     for q in range(height * width):
         changed = x.clone()
         changed[:, :, q // width, q % width] = 16 - changed[:, :, q // width, q % width]
         changed[0, 0, q // width, q % width] = (x[0, 0, q // width, q % width] + 1) % 17  # 8 = 16 - 8 changes nothing
-        after = net(changed, y)
+        after = model.features(changed, y)
         assert torch.equal(after.flatten(2)[..., : q + 1], before.flatten(2)[..., : q + 1]), f"pixel {q} was seen"
 
 
 @torch.no_grad()
-def check_context(net: nn.Module) -> None:
-    """Law 3 of a network of 17 levels on [1,7,7]: the pixels that some redraw shows to be seen are `context`."""
+def check_receptive_field(model: Density) -> None:
+    """Law 3 of a model of 17 levels on [1,7,7]: what some redraw shows to be seen is its network's receptive field."""
     x = torch.randint(17, (1, 1, 7, 7), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     y = torch.tensor([1])
     # Image q of the batch has pixel q changed; compared at its own place in the batch, where rounding is the same.
@@ -144,9 +148,9 @@ def check_context(net: nn.Module) -> None:
         changed[q, 0, q // 7, q % 7] = (x[0, 0, q // 7, q % 7] + 8) % 17
     seen = torch.zeros(49, 49, dtype=torch.bool)  # [p, q]: some redraw shows that p depends on q
     for seed in range(5):
-        redraw(net, seed)
-        seen |= (net(changed, y) != net(unchanged, y)).any(1).flatten(1).T  # [B=q,D,H,W] -> [p,q]
+        redraw(model, seed)
+        seen |= (model.features(changed, y) != model.features(unchanged, y)).any(1).flatten(1).T  # [B=q,D,H,W]
     for p in range(49):
-        claimed = net.context(p // 7, p % 7).flatten()
+        claimed = model.network.receptive_field(p // 7, p % 7).flatten()
         assert not claimed[p:].any()
         assert torch.equal(seen[p], claimed), f"pixel {p}: sees {seen[p].nonzero()}, claims {claimed.nonzero()}"

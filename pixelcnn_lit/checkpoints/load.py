@@ -1,38 +1,42 @@
 """A module from a checkpoint alone."""
 
 import io
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pixelcnn_lit.checkpoints.budget import MemoryBudget
-from pixelcnn_lit.checkpoints.int8 import restored
+from pixelcnn_lit.checkpoints.int8 import dequantize
 from pixelcnn_lit.checkpoints.read import read_checkpoint
 from pixelcnn_lit.config.errors import UserError, first_line
 
 
-def rebuild(path: str, kind: Any, **changed: Any) -> Any:
-    """The model of a .ckpt or .safetensors file, from the file alone, in eval mode on the CPU.
+def load_module(path: str, kind: Any, prefix: str = "", without: Collection[str] = ()) -> Any:
+    """Return the module of a .ckpt or .safetensors file, from the file alone, in eval mode on the CPU.
 
     Nothing in the file can run code: its values are plain, its targets as `build` allows them. Raises UserError.
 
     Args:
-        kind: a LightningModule class whose arguments are the file's `hyper_parameters`, with what is `changed` in them.
+        kind: the class, with TITLE and IDENTITY, whose arguments are the file's `hyper_parameters`.
+        prefix: of the names of its weights in the checkpoint of a run, where a LightningModule holds it.
+        without: the hyper-parameters that are none of its arguments.
     """
     checkpoint = read_checkpoint(path)
-    settings = checkpoint["hyper_parameters"] | changed
+    settings = {key: value for key, value in checkpoint["hyper_parameters"].items() if key not in without}
     if not settings.keys() >= set(kind.IDENTITY):
         raise UserError(f"ckpt={path}: not a checkpoint of this program's {kind.TITLE}s; type another")
+    weights = {str(name).removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
     try:
-        model = _built(kind, settings, restored(checkpoint["state_dict"]))
+        module = _built(kind, settings, dequantize(weights))
     except UserError:
         raise
-    except Exception as error:  # whatever a stranger's values lead to
+    except Exception as error:  # whatever untrusted values lead to
         raise UserError(f"ckpt={path}: not a checkpoint of this program ({first_line(error)})") from error
-    if not all(bool(values.isfinite().all()) for values in model.state_dict().values() if isinstance(values, Tensor)):
+    if not all(bool(values.isfinite().all()) for values in module.state_dict().values() if isinstance(values, Tensor)):
         raise UserError(f"ckpt={path}: some of its weights are not finite; type another ckpt")
-    return model.eval()
+    return module.eval()
 
 
 def _built(kind: Any, settings: dict[str, Any], weights: dict[str, Tensor]) -> Any:
@@ -47,11 +51,11 @@ def _built(kind: Any, settings: dict[str, Any], weights: dict[str, Tensor]) -> A
     return module
 
 
-def require_loadable(module: Any) -> None:
-    """Raise UserError unless a checkpoint of `module` could be loaded: before it is trained, and not afterwards."""
+def require_loadable(module: Any, settings: dict[str, Any]) -> None:
+    """Raise UserError unless a checkpoint of a module made of `settings` could be loaded: before it is trained."""
     file = io.BytesIO()
     try:
-        torch.save(dict(module.hparams), file)
+        torch.save(settings, file)
         file.seek(0)
         with torch.random.fork_rng(devices=[]):
             _built(type(module), torch.load(file, weights_only=True), module.state_dict())

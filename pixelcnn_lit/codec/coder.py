@@ -5,7 +5,6 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import constriction
@@ -25,21 +24,18 @@ from pixelcnn_lit.codec.format import (
     images_digest,
     model_digest,
     parse,
-    place,
+    platform_tag,
 )
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.runs.machine import on_threads
 from pixelcnn_lit.runs.terminal import progress
-from pixelcnn_lit.samplers.walk import Conditioned, Pick, evaluating, walk
+from pixelcnn_lit.samplers.walk import GuidedModel, Pick, eval_mode, walk
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS promises no order of sums
 
-
 stream: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue] (an extension, without types)
-
-
 FAMILY = stream.model.Categorical(perfect=False)
 
 
@@ -51,7 +47,7 @@ class Compressed(NamedTuple):
     class_bits: float
 
 
-def compress(model: DensityModel, images: Split, batch_size: int) -> Compressed:
+def compress(model: Density, images: Split, batch_size: int) -> Compressed:
     """Images uint8 [N,C,H,W] of classes int64 [N]; those do not matter to a model that was trained without."""
     encoder, bits = stream.queue.RangeEncoder(), 0.0
     if len(model.classes) == 1:
@@ -64,7 +60,7 @@ def compress(model: DensityModel, images: Split, batch_size: int) -> Compressed:
             nonlocal bits
             levels = x[:, c, pixels]
             bits -= float(logits.gather(1, levels[:, None].to(logits.device, torch.int64)).sum()) / math.log(2)
-            encoder.encode(levels.flatten().cpu().numpy().astype(np.int32), FAMILY, weights(logits))
+            encoder.encode(levels.flatten().cpu().numpy().astype(np.int32), FAMILY, frequencies(logits))
             return levels
 
         return pick
@@ -75,7 +71,7 @@ def compress(model: DensityModel, images: Split, batch_size: int) -> Compressed:
             canvas = torch.zeros_like(part.x, device=model.device)
             given = part.x.to(model.device).flatten(2)
             _walk(model, part.y, canvas, write(given), torch.get_num_threads(), bar)
-    payload, text = encoder.get_compressed().tobytes(), place(model.device).encode()
+    payload, text = encoder.get_compressed().tobytes(), platform_tag(model.device).encode()
     channels, height, width = model.image_shape
     header = Header(
         weights=model_digest(model),
@@ -95,13 +91,13 @@ def compress(model: DensityModel, images: Split, batch_size: int) -> Compressed:
     return Compressed(head + CRC.pack(zlib.crc32(head)) + payload, bits, len(images) * class_bits(model))
 
 
-def decompress(model: DensityModel, content: bytes, where: str) -> Split:
+def decompress(model: Density, content: bytes, where: str) -> Split:
     """The images in the `content` of a file. Raises UserError, naming it as `where`, unless they are those written."""
     header, payload = parse(model, content, where)
     decoder = stream.queue.RangeDecoder(np.frombuffer(payload, dtype=np.uint32))
 
     def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
-        levels = torch.from_numpy(decoder.decode(FAMILY, weights(logits)))
+        levels = torch.from_numpy(decoder.decode(FAMILY, frequencies(logits)))
         return levels.view(len(logits), -1).to(model.device, torch.uint8)
 
     differs = UserError(f"{where}: this machine computes other probabilities than the one that wrote it")
@@ -125,28 +121,23 @@ def decompress(model: DensityModel, content: bytes, where: str) -> Split:
     return images
 
 
-def weights(logits: Tensor) -> np.ndarray:
+def frequencies(logits: Tensor) -> np.ndarray:
     """Probabilities of logits [B,V,n] in whole numbers, none of them 0, of about 2^24 in all: float64 [B*n,V]."""
     levels = logits.shape[1]
     p = logits.movedim(1, -1).softmax(-1)  # levels last, as likelihoods have them in memory
     return p.mul_(2**BITS - levels).floor_().add_(1).reshape(-1, levels).cpu().numpy()
 
 
-def _bar(images: int, model: DensityModel, what: str) -> tqdm:
+def _bar(images: int, model: Density, what: str) -> tqdm:
     pixels = images * math.prod(model.image_shape[1:])
     return progress(total=pixels, unit=" pixels", unit_scale=True, desc=what)
 
 
-def _walk(model: DensityModel, y: Tensor, canvas: Tensor, pick: Pick, threads: int, bar: tqdm) -> None:
-    target = Conditioned(model.net, model.likelihood, y.to(model.device), model.num_classes)
-    plainly = torch.autocast(model.device.type, enabled=False)
-    with on_threads(threads), _same_bits(), evaluating(target.net, target.likelihood), plainly, parametrize.cached():
-        watch = partial(_advance, bar, len(y))
-        walk(target, pick, canvas, stepwise=hasattr(model.net, "step"), watch=watch)
-
-
-def _advance(bar: tqdm, images: int, pixels: int) -> None:
-    bar.update(images * pixels)
+def _walk(model: Density, y: Tensor, canvas: Tensor, pick: Pick, threads: int, bar: tqdm) -> None:
+    in_float32 = torch.autocast(model.device.type, enabled=False)
+    with on_threads(threads), _same_bits(), eval_mode(model), in_float32, parametrize.cached():
+        guided = GuidedModel(model, y.to(model.device))
+        walk(guided, pick, canvas, stepwise=model.can_step, watch=lambda pixels: bar.update(len(y) * pixels))
 
 
 @contextmanager

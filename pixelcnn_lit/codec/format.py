@@ -15,36 +15,26 @@ A file, little-endian:
 """
 
 import hashlib
-import json
 import math
 import struct
 import zlib
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from pixelcnn_lit.checkpoints.safetensors import digest
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.runs.machine import MOST_THREADS
 
 MAGIC = b"PLC1"
-
-
 # Digest of weights and settings; channels, height, width, levels; images; images a batch; threads; payload's bytes and
 # CRC-32; digest of the images; length of the text that follows.
 HEADER = struct.Struct("<16s4HI2HII16sB")
-
-
 CRC = struct.Struct("<I")
-
-
 BITS = 24
-
-
-MOST = 1024  # images a batch
+MAX_BATCH = 1024  # images
 
 
 class Header(NamedTuple):
@@ -62,7 +52,7 @@ class Header(NamedTuple):
     text_bytes: int
 
 
-def parse(model: DensityModel, content: bytes, where: str) -> tuple[Header, bytes]:
+def parse(model: Density, content: bytes, where: str) -> tuple[Header, bytes]:
     """Header and payload. Raises UserError for a file that is damaged, of another model, or written elsewhere."""
     damaged = UserError(f"{where}: damaged or cut off; copy it again")
     if content[: len(MAGIC)] != MAGIC:
@@ -79,34 +69,32 @@ def parse(model: DensityModel, content: bytes, where: str) -> tuple[Header, byte
         raise damaged
     if header.weights != model_digest(model):
         raise UserError(f"{where}: written with another model; type its ckpt")
-    # The rest is of a stranger who can compute checksums. No image takes fewer bits than if every level but one had the
+    # The rest is untrusted: checksums can be computed. No image takes fewer bits than if every level but one had the
     # least weight; half of that, for what the range coder rounds.
     surest = math.log2(1 - (model.levels - 1) / 2**BITS)
     least = class_bits(model) - model.dims * surest / 2
-    asked = 1 <= header.threads <= MOST_THREADS and 1 <= header.batch_size <= MOST
+    asked = 1 <= header.threads <= MOST_THREADS and 1 <= header.batch_size <= MAX_BATCH
     if not asked or header.images * least > 8 * len(payload) + 64:
         raise damaged
-    if text.decode("ascii", "replace") != place(model.device):
-        raise UserError(f"{where}: written on {text.decode('ascii', 'replace')}, here is {place(model.device)}")
+    if text.decode("ascii", "replace") != platform_tag(model.device):
+        raise UserError(f"{where}: written on {text.decode('ascii', 'replace')}, here is {platform_tag(model.device)}")
     return header, payload
 
 
-def place(device: torch.device) -> str:
-    """What bits depend on beside the model: device, its instructions, torch, and the range coder."""
+def platform_tag(device: torch.device) -> str:
+    """Return what bits depend on beside the model: device, its instructions, torch, and the range coder."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return f"{device.type} {name} torch {torch.__version__} constriction {version('constriction')}"
 
 
-def class_bits(model: DensityModel) -> float:
+def class_bits(model: Density) -> float:
     """Of one image's class."""
     return math.log2(len(model.classes))
 
 
-def model_digest(model: DensityModel) -> bytes:
-    """16 bytes of SHA-256, of the weights and of what decides how they are used."""
-    settings: dict[str, Any] = {key: model.hparams[key] for key in ("model", "likelihood", "image_shape", "levels")}
-    state = {name: value.cpu() for name, value in model.state_dict().items()}
-    return bytes.fromhex(digest(state, json.dumps(settings, sort_keys=True)))[:16]
+def model_digest(model: Density) -> bytes:
+    """16 bytes of its SHA-256."""
+    return bytes.fromhex(model.digest())[:16]
 
 
 def images_digest(images: Split) -> bytes:

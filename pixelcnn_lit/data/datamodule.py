@@ -2,20 +2,20 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from pixelcnn_lit.checkpoints.read import require_same
+from pixelcnn_lit.checkpoints.read import read_checkpoint, require_same
 from pixelcnn_lit.config.build import Range, check, resolve
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Images, Split, carve_validation, fingerprint, verify
 from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, loader
 from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, quantise, resize
-from pixelcnn_lit.runs.run_dir import expanded
+from pixelcnn_lit.runs.run_dir import expanded, plain_name
 
 
 class ImageData(L.LightningDataModule):
@@ -161,11 +161,6 @@ class ImageData(L.LightningDataModule):
         return Batches(len(split), self.batch_size // world, **own)
 
 
-def plain_name(name: str) -> str:
-    """A dataset's name as results carry it; where it is a path, as of npz files and folders, its last part."""
-    return Path(name).name.removesuffix(".npz")
-
-
 def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:
     """The DataModule of a dataset config: keys that its `_target_` names go to the source, the others to ImageData.
 
@@ -180,15 +175,18 @@ def image_data(config: dict[str, Any], seed: int = 0) -> ImageData:
     return ImageData(partial(source, **arguments), seed=seed, **options)
 
 
-def saved_or_given(ckpt: str, saved: dict[str, Any], given: dict[str, Any]) -> ImageData:
+def saved_or_given(ckpt: str, saved: dict[str, Any], given: dict[str, Any], compared: Sequence[str] = ()) -> ImageData:
     """The dataset of a checkpoint, of whose settings `saved` are, with what was typed changed in it; or another one.
 
-    It is set up. Raises UserError unless its images are of the kind that the checkpoint's model knows.
+    It is set up. Raises UserError unless its images are of the kind that the checkpoint's model knows. A line tells
+    where the `compared` splits of the same dataset are not those of the run that left the checkpoint.
     """
     typed = {key: value for key, value in given.items() if value is not None}
     data = image_data(typed if "_target_" in typed else saved["dataset"] | typed)
     data.setup()
     require_same(ckpt, saved, data.facts)
+    if compared and "_target_" not in typed and (difference := data.changed_since(read_checkpoint(ckpt), *compared)):
+        rank_zero_only(print)(f"ckpt={ckpt}: {difference}")
     return data
 
 

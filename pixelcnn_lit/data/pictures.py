@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from pixelcnn_lit.config.errors import UserError
 
@@ -27,12 +26,17 @@ def read_png(file: Path) -> Tensor:
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
-def grid(rows: Tensor, levels: int, min_side: int = 32) -> Tensor:
+def grid(rows: Tensor, levels: int, min_side: int = 32, frame: int = 2) -> Tensor:
     """uint8 [rows,columns,C,H,W] of so many levels to an RGB picture uint8 [3,H',W'], small images enlarged."""
     shown = (rows.flatten(0, 1).cpu().float() * (255 / (levels - 1))).round().to(torch.uint8)
     factor = -(-min_side // min(shown.shape[-2:]))
     shown = shown.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    return make_grid(shown, nrow=rows.shape[1], padding=2, pad_value=128)
+    height, width = (side + frame for side in shown.shape[-2:])
+    picture = torch.full((3, rows.shape[0] * height + frame, rows.shape[1] * width + frame), 128, dtype=torch.uint8)
+    for n, image in enumerate(shown):
+        top, left = n // rows.shape[1] * height + frame, n % rows.shape[1] * width + frame
+        picture[:, top : top + height - frame, left : left + width - frame] = image
+    return picture
 
 
 def save(picture: Tensor, path: Path) -> None:

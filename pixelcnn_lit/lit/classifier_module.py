@@ -2,20 +2,21 @@
 
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from pixelcnn_lit.checkpoints.load import rebuild
+from pixelcnn_lit.checkpoints.load import load_module
+from pixelcnn_lit.checkpoints.read import require_same
 from pixelcnn_lit.config.build import build
 from pixelcnn_lit.lit.metrics import accuracy, share_buffers
+from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.optim.schedulers import optimization
 
 
-class Classifier(L.LightningModule):
+class ClassifierModule(Trainable):
     """p(y | x) of images, trained by cross-entropy.
 
     All arguments are plain values; they are stored in the checkpoint, which therefore rebuilds itself.
@@ -117,21 +118,23 @@ class Classifier(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.figures = checkpoint["scored"]
 
-    @staticmethod
-    def epoch_line(loss: float, figures: dict[str, Tensor]) -> str:
-        """What an epoch has brought, from its mean loss and the last scores."""
+    def stored(self) -> tuple[nn.Module, dict[str, Any]]:
+        return self, dict(self.hparams)
+
+    def epoch_line(self, loss: float, figures: dict[str, Tensor]) -> str:
         scored = f", val {figures['val/accuracy']:.2%}" if "val/accuracy" in figures else ""
         return f"train loss {loss:.4f}{scored}"
 
     @staticmethod
     def best_figure(score: float) -> dict[str, float]:
-        """The best score as the HPARAMS page shows it."""
         return {"best/val_accuracy": score}
 
     def configure_optimizers(self) -> Any:
         return optimization(self, self.optimizer_config, self.scheduler_config, monitor="val/loss")
 
 
-def load_classifier(path: str) -> Classifier:
-    """The classifier of a .ckpt file: see `rebuild`."""
-    return rebuild(path, Classifier)
+def load_classifier(path: str, facts: dict[str, Any] | None = None) -> ClassifierModule:
+    """Return the classifier of a .ckpt file: see `load_module`. Raises UserError if its images have other `facts`."""
+    classifier: ClassifierModule = load_module(path, ClassifierModule)
+    require_same(path, dict(classifier.hparams), facts or {})
+    return classifier

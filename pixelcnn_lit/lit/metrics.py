@@ -1,17 +1,9 @@
 """Figures over a split, exact for short batches and several processes."""
 
-import math
-from typing import Any
-
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-
-
-def bits(nats: Any) -> Any:
-    """Nats to bits: the one line where the unit changes."""
-    return nats / math.log(2)
 
 
 class MeanNats(Metric):

@@ -4,14 +4,12 @@ Paper: van den Oord, Kalchbrenner, Kavukcuoglu 2016, Pixel Recurrent Neural Netw
     and equation 3; the residual connection of section 3.3 and figure 5: states are half as wide as the stream.
 What differs: the pixel before in raster order enters directly: with the paper's masks alone, the last pixel of the row
     above reaches no pixel but the last ones of a row. The class enters the gates as a bias; colour is left to the
-    likelihood; a norm over channels before each layer; the 1×1 convolution that ends a layer starts at zero; levels are
-    read through a table, too.
+    likelihood; a norm over channels before each layer; the 1×1 convolution that ends a layer starts at zero.
 Receptive field: every earlier pixel, from the first layer on.
 Training-mode loss: a likelihood.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -19,21 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.config.build import Range
-from pixelcnn_lit.nn.caches import ImageRows, RowCache
-from pixelcnn_lit.nn.embeddings import ClassEmbedding, LevelEmbedding
-from pixelcnn_lit.nn.layers import CausalConv2d, ChannelNorm, PointwiseStack, lstm
+from pixelcnn_lit.nn.caches import RasterState
+from pixelcnn_lit.nn.embeddings import ClassEmbedding
+from pixelcnn_lit.nn.layers import (
+    CausalConv2d,
+    ChannelNorm,
+    PointwiseHead,
+    every_earlier_pixel,
+    lstm_cell,
+    pixel_before,
+)
+from pixelcnn_lit.nn.wavefronts import At
 
 
 class DiagonalBiLSTM(nn.Module):
-    """features = Net(x, y), [B,out_channels,H,W], at each pixel a function of the class and all earlier pixels.
+    """A stack of LSTMs over diagonals: see `Network` for its arguments and what it returns.
 
     Args:
-        image_shape, num_classes, levels: facts of the data.
-        out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width of the stream, and number of BiLSTM layers.
-        level_channels: width of the tables that levels are read through; 0 reads them as numbers alone, as published.
-        conditional: false trains without the class.
         dropout: rate of the states on their way into the stream.
+
+    Example:
+        >>> net = DiagonalBiLSTM((5, 4), in_channels=2, num_classes=10, out_channels=7, hidden_channels=8, n_residual=1)
+        >>> net(torch.randn(3, 2, 5, 4), torch.tensor([0, 9, 10])).shape
+        torch.Size([3, 7, 5, 4])
     """
 
     train_is_likelihood = True
@@ -42,65 +49,56 @@ class DiagonalBiLSTM(nn.Module):
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
+        image_size: tuple[int, int],
+        in_channels: int,
         num_classes: int,
-        levels: int,
         out_channels: int,
         hidden_channels: Annotated[int, Range(2)],
         n_residual: Annotated[int, Range(1, 1000)],
-        level_channels: Annotated[int, Range(0)] = 0,
-        conditional: bool = True,
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,
     ) -> None:
         super().__init__()
-        self.image_size = (image_shape[1], image_shape[2])
-        self.read = LevelEmbedding(image_shape[0], levels, level_channels)
-        self.first = CausalConv2d(self.read.out_channels, hidden_channels, 7, "A")
-        self.before = nn.Conv2d(self.read.out_channels, hidden_channels, 1, bias=False)
-        self.layers = nn.ModuleList(
-            DiagonalLayer(hidden_channels, num_classes, conditional, dropout) for _ in range(n_residual)
-        )
-        self.last = PointwiseStack(hidden_channels, out_channels)
+        self.image_size = image_size
+        self.first = CausalConv2d(in_channels, hidden_channels, 7, "A")
+        self.previous = nn.Conv2d(in_channels, hidden_channels, 1, bias=False)
+        self.layers = nn.ModuleList(DiagonalLayer(hidden_channels, num_classes, dropout) for _ in range(n_residual))
+        self.head = PointwiseHead(hidden_channels, out_channels)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
-        pixels = self.read(x, like=self.first.weight)
-        before = F.pad(pixels.flatten(2), (1, -1)).view_as(pixels)  # in raster order, over the ends of rows
-        h = self.first(pixels) + self.before(before)
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        h = self.first(h) + self.previous(pixel_before(h))
         for layer in self.layers:
             h = layer(h, y)
-        return self.last(h)
+        return self.head(h)
 
-    def init_cache(self, y: Tensor) -> dict[str, Any]:
-        """All storage for stepping through images of the classes y [B]."""
-        width = self.image_size[1]
-        first, states = self.first.cache(partial(RowCache, batch=len(y), width=width)), States(self.layers, y, width)
-        return {
-            "image": ImageRows(first, [states], self.read),
-            "before": self.before.weight[..., 0, 0].T.contiguous(),
-            "states": states,
-            "last": self.last.init_cache(),
-        }
+    def stepper(self, y: Tensor) -> "DiagonalStepper":
+        return DiagonalStepper(self, y)
 
-    def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
-        """Features [B,D] at row i, column j, asked for in raster order; equal to `forward` there in eval mode.
+    def receptive_field(self, i: int, j: int) -> Tensor:
+        return every_earlier_pixel(self.image_size, i, j)
 
-        `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied. The LSTM from
-        the right goes through a row when the row below it begins.
-        """
-        image = cache["image"]
-        image.advance(previous, i, j)
-        h = image.first.output(j)
-        if (i, j) != (0, 0):
-            h.addmm_(image.pixel, cache["before"])
+
+class DiagonalStepper:
+    """A `DiagonalBiLSTM` in steps. The LSTM from the right goes through a row when the row below it begins."""
+
+    replayable = False
+
+    def __init__(self, net: DiagonalBiLSTM, y: Tensor) -> None:
+        self.skew = net.image_size[1]
+        self.state = RasterState(len(y), self.skew)
+        self.first = net.first.cache(self.state)
+        self.previous = net.previous.weight[..., 0, 0].T.contiguous()
+        self.layers = LayerStates(net.layers, y, self.skew)
+        self.state.others.append(self.layers)
+        self.head = net.head.stepper()
+
+    def step(self, previous: Tensor, at: At) -> Tensor:
+        self.state.advance(previous, at)
+        h = self.first.output(at)
+        if at.position:
+            h.addmm_(previous, self.previous)
         for layer in range(len(self.layers)):
-            h = cache["states"].step(layer, h, j)
-        return self.last.step(cache["last"], h)
-
-    def context(self, i: int, j: int) -> Tensor:
-        """The earlier pixels, bool [H,W], that the features at row i, column j depend on: all."""
-        height, width = self.image_size
-        return (torch.arange(height * width) < i * width + j).view(height, width)
+            h = self.layers.step(layer, h, at)
+        return self.head.step(h)
 
 
 class DiagonalLayer(nn.Module):
@@ -112,17 +110,17 @@ class DiagonalLayer(nn.Module):
     [o, f, i, g] = s2s (h_beside, h_above) + i2s norm(x) + class;  c = σ(f) c_beside + σ(i) tanh(g);  h = σ(o) tanh(c).
     """
 
-    recomputable = True
+    checkpointable = True
     state_to_state: Any
 
-    def __init__(self, channels: int, num_classes: int, conditional: bool, dropout: float) -> None:
+    def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
         states = channels // 2
         self.norm = ChannelNorm(channels)
         self.input_to_state = nn.Conv2d(channels, 8 * states, 1)  # of the left LSTM, then of the right one
         taps = (nn.Conv1d(states, 4 * states, 2, bias=False) for _ in range(2))  # above and beside, of each LSTM
         self.state_to_state = nn.ModuleList(taps)
-        self.embed = ClassEmbedding(num_classes, 8 * states, conditional)
+        self.embed = ClassEmbedding(num_classes, 8 * states)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Conv2d(states, channels, 1, bias=False)
         nn.init.zeros_(self.out.weight)
@@ -130,7 +128,7 @@ class DiagonalLayer(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """[B,channels,H,W] -> [B,channels,H,W]."""
         inputs = self.input_to_state(self.norm(x))
-        left, right = (inputs + self.embed(y).to(inputs.dtype)).movedim(1, -1).chunk(2, dim=-1)  # [B,H,W,4*states]
+        left, right = (inputs + self.embed(y, inputs.dtype)).movedim(1, -1).chunk(2, dim=-1)  # [B,H,W,4*states]
         left, right = straight(self.scan(skewed(torch.stack([left, right.flip(2)]))))
         h = left + F.pad(right.flip(2), (0, 0, 0, 0, 1, -1))
         return x + self.out(self.dropout(h.movedim(-1, 1)))
@@ -145,7 +143,7 @@ class DiagonalLayer(nn.Module):
         c, done = h.flatten(1, 2).to(torch.promote_types(h.dtype, torch.float32)), []
         for column in gates.unbind(3):
             seen = torch.cat([h, F.pad(h, (0, 0, 1, -1))], dim=-1)
-            new, c = lstm(torch.baddbmm(column.flatten(1, 2), seen.flatten(1, 2), matrix), c, dim=-1)
+            new, c = lstm_cell(torch.baddbmm(column.flatten(1, 2), seen.flatten(1, 2), matrix), c, dim=-1)
             h = new.unflatten(1, size[1:])
             done.append(h)
         return torch.stack(done, dim=3)
@@ -169,8 +167,8 @@ def straight(x: Tensor) -> Tensor:
     return rows[..., : diagonals + 1 - height, :]
 
 
-class States:
-    """What the layers keep between two pixels of images of the classes y [B].
+class LayerStates:
+    """The layers in steps, without dropout, and what they keep between two pixels of images of the classes y [B].
 
     normed [L,B,W,channels]: the inputs of the present row, which the LSTM from the right reads once it is complete.
     left [L,B,1+W,states]: at column 1+j the left state of the present row, or of the one above where that has not come
@@ -184,7 +182,7 @@ class States:
         self.norms = [
             (norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (own.norm for own in layers)
         ]
-        bias = torch.stack([own.input_to_state.bias + own.embed(y)[..., 0, 0] for own in layers])  # [L,B,8*states]
+        bias = torch.stack([own.input_to_state.bias + own.embed.rows(y) for own in layers])  # [L,B,8*states]
         inputs = torch.stack([own.input_to_state.weight[..., 0, 0].T for own in layers])  # [L,channels,8*states]
         left, right = torch.stack([own.matrix() for own in layers], dim=1)  # [L,2*states,4*states] each
         self.bias, self.bias_right = (half.contiguous() for half in bias.chunk(2, dim=-1))
@@ -198,26 +196,31 @@ class States:
         flat = self.left.flatten(2)
         self.windows = [flat[..., j * n_states : (j + 2) * n_states] for j in range(width)]
 
+    def __len__(self) -> int:
+        return len(self.norms)
+
     def reset(self) -> None:
+        """Forget an image."""
         for kept in (self.left, self.right, self.cells):
             kept.zero_()
 
     def new_row(self) -> None:
-        """The LSTM from the right goes through the row that is complete, all layers side by side."""
+        """Let the LSTM from the right go through the row that is complete, all layers side by side."""
         gates = self.normed.flatten(1, 2) @ self.inputs_right + self.right.flatten(1, 2) @ self.above_right
         columns = (gates.view(*self.right.shape[:3], -1) + self.bias_right[:, :, None]).unbind(2)
         h, c = torch.zeros_like(self.right[:, :, 0]), torch.zeros_like(self.cells)
         for j in reversed(range(len(columns))):
-            h, c = lstm(torch.baddbmm(columns[j], h, self.beside_right), c, dim=-1)
+            h, c = lstm_cell(torch.baddbmm(columns[j], h, self.beside_right), c, dim=-1)
             self.right[:, :, j] = h
         self.cells.zero_()
 
-    def step(self, layer: int, x: Tensor, j: int) -> Tensor:
-        """The layer's `forward` at column j of the row, without dropout: x [B,channels] -> the same, in place."""
+    def step(self, layer: int, x: Tensor, at: At) -> Tensor:
+        """Go through a layer at a pixel: x [B,channels] -> the same, in place."""
+        j = at.column
         normed = torch.layer_norm(x, *self.norms[layer])
         self.normed[layer, :, j] = normed
         gates = torch.addmm(self.bias[layer], normed, self.inputs[layer])
         gates.addmm_(self.windows[j][layer], self.seen[layer])
-        h, c = lstm(gates, self.cells[layer], dim=-1)
+        h, c = lstm_cell(gates, self.cells[layer], dim=-1)
         self.left[layer, :, j + 1], self.cells[layer] = h, c
         return x.addmm_(h + self.right[layer, :, j], self.out[layer])

@@ -5,17 +5,15 @@ Paper: Salimans, Karpathy, Chen, Kingma 2017, PixelCNN++ (arXiv 1701.05517), sec
 What differs: the last convolution of each block and the upsampling start at zero, which trains at once and stands in
     for weight normalisation started from a batch of data; the first convolutions are 7 wide, not 3; what one
     resolution hands to the next finer one is added there to the end of the down pass, where the paper has a block
-    more; any number of blocks; levels are read through a table, too. The class enters as in the paper's own code, as a
-    bias before each gate.
+    more; any number of blocks. The class enters as in the paper's own code, as a bias before each gate.
 Receptive field: every earlier pixel of images up to 8×8, from n_residual=2 on. Of larger ones the far ends are missed
     of the own row and of the rows just above, which no coarser pixel covers yet: on 28×28 with n_residual=6 at most
-    42 pixels of 783, on 32×32 with the paper's 32 at most 4. `context` tells.
+    42 pixels of 783, on 32×32 with the paper's 32 at most 4. `receptive_field` tells.
 Training-mode loss: a likelihood.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -23,27 +21,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelcnn_lit.config.build import Range
-from pixelcnn_lit.nn.caches import ImageRows, RowCache
-from pixelcnn_lit.nn.embeddings import ClassEmbedding, LevelEmbedding
+from pixelcnn_lit.nn.caches import RasterState, RowCache
+from pixelcnn_lit.nn.embeddings import ClassEmbedding
 from pixelcnn_lit.nn.layers import CausalConv2d
+from pixelcnn_lit.nn.wavefronts import At
 
 RESOLUTIONS = 3
 
 
 class PixelCNNPP(nn.Module):
-    """features = Net(x, y), [B,out_channels,H,W], at each pixel a function of the class and strictly earlier pixels.
+    """Two streams at three resolutions: see `Network` for its arguments and what it returns.
 
-    Two streams: `u`, downward, sees the rows above; `ul`, downward and rightward, also the pixels to the left in its
-    own row, and reads `u` in every block.
+    `u`, downward, sees the rows above; `ul`, downward and rightward, also the pixels to the left in its own row, and
+    reads `u` in every block.
 
     Args:
-        image_shape, num_classes, levels: facts of the data.
-        out_channels: features per pixel, which the likelihood asks for.
         hidden_channels, n_residual: width, and number of residual blocks of each stream, dealt to the up and the down
             pass at full, half and quarter resolution in turn: 6 is one block everywhere, 32 nearly the paper's 5 and 6.
-        level_channels: width of the tables that levels are read through; 0 reads them as numbers alone, as published.
-        conditional: false trains without the class.
         dropout: rate inside each block.
+
+    Example:
+        >>> net = PixelCNNPP((5, 4), in_channels=2, num_classes=10, out_channels=7, hidden_channels=8, n_residual=1)
+        >>> net(torch.randn(3, 2, 5, 4), torch.tensor([0, 9, 10])).shape
+        torch.Size([3, 7, 5, 4])
     """
 
     train_is_likelihood = True
@@ -52,68 +52,68 @@ class PixelCNNPP(nn.Module):
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
+        image_size: tuple[int, int],
+        in_channels: int,
         num_classes: int,
-        levels: int,
         out_channels: int,
         hidden_channels: Annotated[int, Range(1)],
         n_residual: Annotated[int, Range(1, 1000)],
-        level_channels: Annotated[int, Range(0)] = 0,
-        conditional: bool = True,
         dropout: Annotated[float, Range(0, 0.99)] = 0.0,
     ) -> None:
         super().__init__()
-        self.image_size = tuple(image_shape[1:])
-        self.read = LevelEmbedding(image_shape[0], levels, level_channels)
-        self.first_u = ShiftedConv2d(self.read.out_channels, hidden_channels, 7)
-        self.first_ul = CausalConv2d(self.read.out_channels, hidden_channels, 7, "A")
+        self.image_size = image_size
+        self.first_u = ShiftedConv2d(in_channels, hidden_channels, 7)
+        self.first_ul = CausalConv2d(in_channels, hidden_channels, 7, "A")
         body = None
         for r in reversed(range(RESOLUTIONS)):
             n_up, n_down = ((n_residual - 1 - k) // (2 * RESOLUTIONS) + 1 for k in (2 * r, 2 * r + 1))
-            body = Resolution(n_down, n_up, body, hidden_channels, num_classes, conditional, dropout)
+            body = Resolution(n_down, n_up, body, hidden_channels, num_classes, dropout)
         self.body = body
         self.out = nn.Conv2d(hidden_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x uint8 [B,C,H,W], y int64 [B] -> features [B,out_channels,H,W]."""
-        pixels = self.read(x, like=self.out.weight)
-        u = self.first_u(F.pad(pixels, (0, 0, 1, -1)))  # the image one row down: u[i] sees the rows before i
-        _, ul = self.body(u, self.first_ul(pixels), y)
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        u = self.first_u(F.pad(h, (0, 0, 1, -1)))  # the image one row down: u[i] sees the rows before i
+        _, ul = self.body(u, self.first_ul(h), y)
         return self.out(F.elu(ul))
 
-    def init_cache(self, y: Tensor) -> dict[str, Any]:
-        """All storage for stepping through images of the classes y [B]."""
-        first_ul = self.first_ul.cache(partial(RowCache, batch=len(y), width=self.image_size[1]))
-        first_u = self.first_u.cache(len(y), self.image_size[1])
-        return {
-            "image": ImageRows(first_ul, [first_u], self.read),
-            "first_u": first_u,
-            "row_above": first_ul.inputs[:, first_ul.side : -first_ul.side, -2].transpose(1, 2)[:, :, None],
-            "body": self.body.init_cache(y, self.image_size[1]),
-            "out": (self.out.bias, self.out.weight[..., 0, 0].T.contiguous()),
-        }
+    def stepper(self, y: Tensor) -> "PixelCNNPPStepper":
+        return PixelCNNPPStepper(self, y)
 
-    def step(self, cache: dict[str, Any], previous: Tensor, i: int, j: int) -> Tensor:
-        """Features [B,D] at row i, column j, asked for in raster order; equal to `forward` there in eval mode.
-
-        `previous` is the pixel before, uint8 [B,C]; it is ignored at (0, 0), where the cache is emptied. Where a row
-        begins, u goes through all of it. Coarser resolutions work only where one of their rows or pixels begins.
-        """
-        image, first_u = cache["image"], cache["first_u"]
-        image.advance(previous, i, j)
-        if j == 0:
-            first_u.put(cache["row_above"])
-            self.body.step_u(cache["body"], first_u.output(), i)
-        ul = self.body.step_ul(cache["body"], image.first.output(j), i, j)
-        bias, matrix = cache["out"]
-        return torch.addmm(bias, F.elu(ul), matrix)
-
-    def context(self, i: int, j: int) -> Tensor:
-        """The earlier pixels, bool [H,W], that the features at row i, column j depend on."""
+    def receptive_field(self, i: int, j: int) -> Tensor:
         seen_ul = torch.zeros(self.image_size, dtype=torch.bool)
         seen_ul[i, j] = True
-        u, ul = self.body.reach(torch.zeros_like(seen_ul), seen_ul)
-        return F.pad(self.first_u.reach(u, u.shape), (0, 0, -1, 1)) | self.first_ul.reach(ul)
+        u, ul = self.body.receptive_field(torch.zeros_like(seen_ul), seen_ul)
+        rows_above = F.pad(self.first_u.receptive_field(u, u.shape), (0, 0, -1, 1))
+        return rows_above | self.first_ul.receptive_field(ul)
+
+
+class PixelCNNPPStepper:
+    """A `PixelCNNPP` in steps.
+
+    Where a row begins, u goes through all of it. Coarser resolutions work where one of their rows or pixels begins.
+    """
+
+    replayable = False
+
+    def __init__(self, net: PixelCNNPP, y: Tensor) -> None:
+        self.skew = width = net.image_size[1]
+        self.state = RasterState(len(y), width)
+        self.first_ul = first_ul = net.first_ul.cache(self.state)
+        self.row_above = first_ul.inputs[:, first_ul.side : -first_ul.side, -2].transpose(1, 2)[:, :, None]
+        self.first_u = net.first_u.cache(len(y), width)
+        self.state.others.append(self.first_u)
+        self.body = ResolutionStepper(net.body, y, width)
+        self.bias = net.out.bias
+        self.matrix = net.out.weight[..., 0, 0].T.contiguous()
+
+    def step(self, previous: Tensor, at: At) -> Tensor:
+        self.state.advance(previous, at)
+        if at.column == 0:
+            self.first_u.write(self.row_above, at)
+            self.body.step_u(self.first_u.output(at), at)
+        ul = self.body.step_ul(self.first_ul.output(at), at)
+        assert self.bias is not None
+        return torch.addmm(self.bias, F.elu(ul), self.matrix)
 
 
 class Resolution(nn.Module):
@@ -158,70 +158,79 @@ class Resolution(nn.Module):
             u, ul = block(u, ul, y, *(inputs.pop() if block.has_shortcut else ()))
         return u, ul
 
-    def init_cache(self, y: Tensor, width: int) -> dict[str, Any]:
-        """What stepping through rows of `width` pixels keeps here and at the coarser resolutions."""
-        cache: dict[str, Any] = {"down": [block.init_cache(y, width) for block in self.down]}
-        cache["up"] = [block.init_cache(y, width) for block in self.up]
-        cache["rows"] = [rows for block in cache["down"] + cache["up"] for rows in (*block["u"], *block["ul"])]
-        if self.coarser is not None:
-            cache |= {"shrink_u": self.shrink_u.cache(len(y), width), "shrink_ul": self.shrink_ul.cache(len(y), width)}
-            cache["rows"] += [cache["shrink_u"], cache["shrink_ul"]]
-            cache["coarser"] = self.coarser.init_cache(y, (width + 1) // 2)
-            cache["ul"] = [None] * ((width + 1) // 2)  # per coarse column, what its four pixels read: [B,C,2,2]
-        return cache
-
-    def step_u(self, cache: dict[str, Any], u: Tensor, i: int) -> Tensor:
-        """u at row i, [B,channels,1,W] -> the same."""
-        inputs = []
-        begin_row(i, *cache["rows"])
-        for block, own in zip(self.down, cache["down"], strict=True):
-            inputs.append(u)
-            u = block.step_u(own, u)
-        if self.coarser is not None:
-            cache["shrink_u"].put(u)
-            if i % 2 == 0:
-                coarse = self.coarser.step_u(cache["coarser"], cache["shrink_u"].output(), i // 2)
-                cache["u"] = self.grow_u(coarse)[..., : u.shape[3]]  # two rows
-            u = u + cache["u"][:, :, i % 2, None]
-        for block, own in zip(self.up, cache["up"], strict=True):
-            u = block.step_u(own, u, inputs.pop() if block.has_shortcut else None)
-        return u
-
-    def step_ul(self, cache: dict[str, Any], ul: Tensor, i: int, j: int) -> Tensor:
-        """ul at row i, column j, [B,channels] -> the same."""
-        inputs = []
-        for block, own in zip(self.down, cache["down"], strict=True):
-            inputs.append(ul)
-            ul = block.step_ul(own, ul, j)
-        if self.coarser is not None:
-            cache["shrink_ul"].put(ul, j)
-            if (i % 2, j % 2) == (0, 0):
-                coarse = self.coarser.step_ul(cache["coarser"], cache["shrink_ul"].output(j), i // 2, j // 2)
-                cache["ul"][j // 2] = self.grow_ul(coarse[..., None, None])
-            ul = ul + cache["ul"][j // 2][..., i % 2, j % 2]
-        for block, own in zip(self.up, cache["up"], strict=True):
-            ul = block.step_ul(own, ul, j, inputs.pop() if block.has_shortcut else None)
-        return ul
-
-    def reach(self, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor]:
-        """The inputs of both streams, bool [H,W], that the outputs in u and ul, bool [H,W], are computed from.
+    def receptive_field(self, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inputs of both streams, bool [H,W], that the outputs in u and ul, bool [H,W], are computed from.
 
         Short-cuts add none: what the block at their end reads reaches it along the streams, too.
         """
         for block in reversed(self.up):
-            u, ul = block.reach(u, ul)
+            u, ul = block.receptive_field(u, ul)
         if self.coarser is not None:
-            coarse_u, coarse_ul = self.coarser.reach(self.grow_u.reach(u), self.grow_ul.reach(ul))
-            u, ul = u | self.shrink_u.reach(coarse_u, u.shape), ul | self.shrink_ul.reach(coarse_ul, ul.shape)
+            coarse = self.grow_u.receptive_field(u), self.grow_ul.receptive_field(ul)
+            coarse_u, coarse_ul = self.coarser.receptive_field(*coarse)
+            u = u | self.shrink_u.receptive_field(coarse_u, u.shape)
+            ul = ul | self.shrink_ul.receptive_field(coarse_ul, ul.shape)
         for block in reversed(self.down):
-            u, ul = block.reach(u, ul)
+            u, ul = block.receptive_field(u, ul)
         return u, ul
+
+
+class ResolutionStepper:
+    """A `Resolution`, and the coarser ones, in steps through rows of `width` pixels."""
+
+    def __init__(self, resolution: Resolution, y: Tensor, width: int) -> None:
+        self.down = [BlockPairStepper(block, y, width) for block in resolution.down]
+        self.up = [BlockPairStepper(block, y, width) for block in resolution.up]
+        self.rows = [rows for pair in (*self.down, *self.up) for rows in pair.rows]
+        self.coarser = None
+        if resolution.coarser is not None:
+            self.shrink_u = resolution.shrink_u.cache(len(y), width)
+            self.shrink_ul = resolution.shrink_ul.cache(len(y), width)
+            self.rows += [self.shrink_u, self.shrink_ul]
+            self.grow_u, self.grow_ul = resolution.grow_u, resolution.grow_ul
+            self.coarser = ResolutionStepper(resolution.coarser, y, (width + 1) // 2)
+            # What the four pixels of each coarse column read, [B,C,2,2] each.
+            self.coarse_ul: list[Any] = [None] * ((width + 1) // 2)
+
+    def step_u(self, u: Tensor, at: At) -> Tensor:
+        """u at a row, [B,channels,1,W] -> the same."""
+        inputs = []
+        for rows in self.rows:
+            rows.new_row() if at.row else rows.reset()
+        for block in self.down:
+            inputs.append(u)
+            u = block.step_u(u, at)
+        if self.coarser is not None:
+            self.shrink_u.write(u, at)
+            if at.row % 2 == 0:
+                coarse = self.coarser.step_u(self.shrink_u.output(at), at.coarser())
+                self.coarse_u = self.grow_u(coarse)[..., : u.shape[3]]  # two rows
+            u = u + self.coarse_u[:, :, at.row % 2, None]
+        for block in self.up:
+            u = block.step_u(u, at, inputs.pop() if block.has_shortcut else None)
+        return u
+
+    def step_ul(self, ul: Tensor, at: At) -> Tensor:
+        """ul at a pixel, [B,channels] -> the same."""
+        inputs = []
+        for block in self.down:
+            inputs.append(ul)
+            ul = block.step_ul(ul, at)
+        if self.coarser is not None:
+            self.shrink_ul.write(ul, at)
+            if (at.row % 2, at.column % 2) == (0, 0):
+                coarse = self.coarser.step_ul(self.shrink_ul.output(at), at.coarser())
+                self.coarse_ul[at.column // 2] = self.grow_ul(coarse[..., None, None])
+            ul = ul + self.coarse_ul[at.column // 2][..., at.row % 2, at.column % 2]
+        for block in self.up:
+            ul = block.step_ul(ul, at, inputs.pop() if block.has_shortcut else None)
+        return ul
 
 
 class BlockPair(nn.Module):
     """A block of each stream; that of ul reads what that of u made. With a short-cut, each reads one more input."""
 
-    recomputable = True
+    checkpointable = True
 
     def __init__(self, has_shortcut: bool, *own: Any) -> None:
         super().__init__()
@@ -233,29 +242,37 @@ class BlockPair(nn.Module):
         u = self.u(u, y, *shortcut[:1])
         return u, self.ul(ul, y, u, *shortcut[1:])
 
-    def init_cache(self, y: Tensor, width: int) -> dict[str, Any]:
-        cache: dict[str, Any] = {"u": self.u.init_cache(y, width), "ul": self.ul.init_cache(y, width)}
-        if self.has_shortcut:
-            cache["shortcut"] = self.ul.aux[1].weight[..., 0, 0].T.contiguous()
-        return cache
+    def receptive_field(self, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what of u and of ul the outputs in u and ul, bool [H,W], are computed from."""
+        ul, read = self.ul.receptive_field(ul)
+        return self.u.receptive_field(u | read)[0], ul
 
-    def step_u(self, cache: dict[str, Any], u: Tensor, shortcut: Tensor | None = None) -> Tensor:
+
+class BlockPairStepper:
+    """A `BlockPair` in steps."""
+
+    def __init__(self, pair: BlockPair, y: Tensor, width: int) -> None:
+        self.has_shortcut = pair.has_shortcut
+        self.u = GatedBlockStepper(pair.u, y, width)
+        self.ul = GatedBlockStepper(pair.ul, y, width)
+        self.rows = [self.u.conv1, self.u.conv2, self.ul.conv1, self.ul.conv2]
+        self.aux_u = pair.u.aux
+        self.aux_ul = pair.ul.aux
+        if self.has_shortcut:
+            self.shortcut = pair.ul.aux[1].weight[..., 0, 0].T.contiguous()
+
+    def step_u(self, u: Tensor, at: At, shortcut: Tensor | None = None) -> Tensor:
         """u and its short-cut of a whole row, [B,channels,1,W] -> the new u."""
-        u = self.u.step(cache["u"], u, 0 if shortcut is None else self.u.aux[0](concat_elu(shortcut)))
-        cache["ul_reads"] = self.ul.aux[0](concat_elu(u))[:, :, 0].unbind(-1)  # a column each, [B,channels]
+        u = self.u.step(u, 0 if shortcut is None else self.aux_u[0](concat_elu(shortcut)), at)
+        self.ul_reads = self.aux_ul[0](concat_elu(u))[:, :, 0].unbind(-1)  # a column each, [B,channels]
         return u
 
-    def step_ul(self, cache: dict[str, Any], ul: Tensor, j: int, shortcut: Tensor | None = None) -> Tensor:
-        """ul and its short-cut at column j, [B,channels] -> the new ul."""
-        read = cache["ul_reads"][j]
+    def step_ul(self, ul: Tensor, at: At, shortcut: Tensor | None = None) -> Tensor:
+        """ul and its short-cut at a pixel, [B,channels] -> the new ul."""
+        read = self.ul_reads[at.column]
         if shortcut is not None:
-            read = torch.addmm(read, concat_elu(shortcut), cache["shortcut"])
-        return self.ul.step(cache["ul"], ul, read, j)
-
-    def reach(self, u: Tensor, ul: Tensor) -> tuple[Tensor, Tensor]:
-        """What of u and of ul the outputs in u and ul, bool [H,W], are computed from."""
-        ul, read = self.ul.reach(ul)
-        return self.u.reach(u | read)[0], ul
+            read = torch.addmm(read, concat_elu(shortcut), self.shortcut)
+        return self.ul.step(ul, read, at)
 
 
 class GatedBlock(nn.Module):
@@ -268,15 +285,13 @@ class GatedBlock(nn.Module):
 
     aux: Any
 
-    def __init__(
-        self, width: int, n_aux: int, channels: int, num_classes: int, conditional: bool, dropout: float
-    ) -> None:
+    def __init__(self, width: int, n_aux: int, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
         self.conv1 = ShiftedConv2d(2 * channels, channels, width)
         self.aux = nn.ModuleList(nn.Conv2d(2 * channels, channels, 1, bias=False) for _ in range(n_aux))
         self.dropout = nn.Dropout(dropout)
         self.conv2 = ShiftedConv2d(2 * channels, 2 * channels, width)
-        self.embed = ClassEmbedding(num_classes, 2 * channels, conditional)
+        self.embed = ClassEmbedding(num_classes, 2 * channels)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, y: Tensor, *aux: Tensor) -> Tensor:
@@ -285,26 +300,29 @@ class GatedBlock(nn.Module):
         for conv, other in zip(self.aux, aux, strict=True):
             h = h + conv(concat_elu(other))
         h = self.conv2(h, lambda h: self.dropout(concat_elu(h)))
-        a, b = (h + self.embed(y).to(h.dtype)).chunk(2, dim=1)  # in h's dtype: bf16 streams stay bf16 under autocast
+        a, b = (h + self.embed(y, h.dtype)).chunk(2, dim=1)
         return x + a * b.sigmoid()
 
-    def init_cache(self, y: Tensor, width: int) -> tuple[Any, Any]:
-        conv1, conv2 = self.conv1.cache(len(y), width), self.conv2.cache(len(y), width)
-        conv2.bias = conv2.bias + self.embed(y)[..., 0, 0]
-        return conv1, conv2
+    def receptive_field(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the outputs in `seen`, bool [H,W], are computed from: of x, and of each aux."""
+        inside = self.conv2.receptive_field(seen, seen.shape)
+        return seen | self.conv1.receptive_field(inside, seen.shape), inside
 
-    def step(self, cache: tuple[Any, Any], x: Tensor, read: Tensor | int, j: int = 0) -> Tensor:
-        """`forward` at column j, [B,channels], or in u of a whole row, [B,channels,1,W]; `read` is Σ conv1×1(aux)."""
-        conv1, conv2 = cache
-        conv1.put(concat_elu(x), j)
-        conv2.put(concat_elu(conv1.output(j) + read), j)
-        a, b = conv2.output(j).chunk(2, dim=1)
+
+class GatedBlockStepper:
+    """A `GatedBlock` in steps, without dropout: in ul of a pixel, in u of a whole row."""
+
+    def __init__(self, block: GatedBlock, y: Tensor, width: int) -> None:
+        self.conv1 = block.conv1.cache(len(y), width)
+        self.conv2 = block.conv2.cache(len(y), width)
+        self.conv2.bias = self.conv2.bias + block.embed.rows(y)
+
+    def step(self, x: Tensor, read: Tensor | int, at: At) -> Tensor:
+        """x [B,channels] or [B,channels,1,W] -> the same; `read` is Σ conv1×1(aux)."""
+        self.conv1.write(concat_elu(x), at)
+        self.conv2.write(concat_elu(self.conv1.output(at) + read), at)
+        a, b = self.conv2.output(at).chunk(2, dim=1)
         return x + a * b.sigmoid()
-
-    def reach(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """What the outputs in `seen`, bool [H,W], are computed from: of x, and of each aux."""
-        inside = self.conv2.reach(seen, seen.shape)
-        return seen | self.conv1.reach(inside, seen.shape), inside
 
 
 def concat_elu(x: Tensor) -> Tensor:
@@ -337,14 +355,14 @@ class ShiftedConv2d(nn.Conv2d):
         return super().forward(activation(padded) if activation else padded)
 
     def cache(self, batch: int, width: int) -> "RowCache | WholeRows":
-        """What computes this convolution of a row of `width`: pixel by pixel in ul, the row at once in u."""
+        """Return what computes this convolution of a row of `width`: pixel by pixel in ul, the row at once in u."""
         if self.kernel_size[1] > 2:
             return WholeRows(self, batch, width)
         assert self.bias is not None
         return RowCache(self.weight, self.bias, torch.ones_like(self.weight[:1, :1]), batch, width)
 
-    def reach(self, seen: Tensor, size: tuple[int, ...]) -> Tensor:
-        """The inputs, bool [H,W] of `size`, that the outputs in `seen` are computed from."""
+    def receptive_field(self, seen: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Return the inputs, bool [H,W] of `size`, that the outputs in `seen` are computed from."""
         ones = torch.ones(1, 1, *self.kernel_size)
         padded = F.pad(seen.to(ones)[None, None], (0, 1, 0, 1))
         read = F.conv_transpose2d(padded, ones, stride=self.stride, padding=(1, self.kernel_size[1] // 2))
@@ -352,33 +370,32 @@ class ShiftedConv2d(nn.Conv2d):
 
 
 class WholeRows:
-    """A ShiftedConv2d of u computed a row at a time, used like a RowCache, whose column is of no matter here."""
+    """A `ShiftedConv2d` of u computed a row at a time, used like a `RowCache`, whose column is of no matter here."""
 
     def __init__(self, conv: ShiftedConv2d, batch: int, width: int) -> None:
         assert conv.bias is not None
-        self.weight, self.bias, self.stride, self.side = conv.weight, conv.bias, conv.stride, conv.kernel_size[1] // 2
+        self.weight = conv.weight
+        self.bias = conv.bias
+        self.stride = conv.stride
+        self.side = conv.kernel_size[1] // 2
         self.inputs = conv.weight.new_zeros(batch, conv.in_channels, 2, width)
 
     def reset(self) -> None:
+        """Forget an image."""
         self.inputs.zero_()
 
     def new_row(self) -> None:
+        """Take what was the current row as the one above."""
         self.inputs[:, :, 0] = self.inputs[:, :, 1]
 
-    def put(self, x: Tensor, j: int = 0) -> None:
-        """The input of the row, [B,in,1,W]."""
+    def write(self, x: Tensor, at: At) -> None:
+        """Take x [B,in,1,W] as the input of the row."""
         self.inputs[:, :, 1:] = x
 
-    def output(self, j: int = 0) -> Tensor:
-        """The convolution of the row: [B,out,1,⌈W/stride⌉]."""
+    def output(self, at: At) -> Tensor:
+        """Return the convolution of the row: [B,out,1,⌈W/stride⌉]."""
         bias = self.bias[..., None, None]  # [out] or [B,out]
         return F.conv2d(self.inputs, self.weight, stride=self.stride, padding=(0, self.side)) + bias
-
-
-def begin_row(i: int, *caches: RowCache | WholeRows) -> None:
-    """What was the current row becomes the one above; above row 0 there is nothing, whatever image came before."""
-    for rows in caches:
-        rows.new_row() if i else rows.reset()
 
 
 class Upsampling(nn.ConvTranspose2d):
@@ -394,8 +411,8 @@ class Upsampling(nn.ConvTranspose2d):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def reach(self, seen: Tensor) -> Tensor:
-        """The inputs, bool [⌈H/2⌉,⌈W/2⌉], that the outputs in `seen`, bool [H,W], are computed from."""
+    def receptive_field(self, seen: Tensor) -> Tensor:
+        """Return the inputs, bool [⌈H/2⌉,⌈W/2⌉], that the outputs in `seen`, bool [H,W], are computed from."""
         ones = torch.ones(1, 1, *self.kernel_size)
         padded = F.pad(seen.to(ones)[None, None], (0, 1, 0, 1))
         read = F.conv2d(padded, ones, stride=2, padding=self.padding)

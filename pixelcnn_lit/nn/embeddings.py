@@ -1,7 +1,6 @@
 """How a network reads the levels of an image, and its class."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pixelcnn_lit.nn.ordinal import OrdinalRows
+from pixelcnn_lit.nn.wavefronts import At
 
 
 class LevelEmbedding(nn.Module):
-    """What a network reads of an image: each level as a number and as a row of a table, and a channel of ones.
+    """Read each level as a number and as a row of a table, and the image as one more channel, of ones.
 
     The number is the level scaled to [-1, 1], never by the values in the batch. From the number alone a network learns
     late what a level is beside being a little more than the one before: where MNIST is white, 253 is followed by 253,
@@ -22,30 +22,41 @@ class LevelEmbedding(nn.Module):
 
     Args:
         channels, levels: of the images, whose values are 0 to levels - 1: what is beyond is read as something else.
-        width: of the tables, one a channel, which is `model.level_channels`; 0 is the number alone, as published, and
-            what checkpoints from before there were tables have.
+        width: of the tables, one a channel; 0 is the number alone.
+
+    Example:
+        >>> images = torch.zeros(2, 3, 5, 4, dtype=torch.uint8)
+        >>> LevelEmbedding(channels=3, levels=256, width=16)(images, torch.float32).shape
+        torch.Size([2, 52, 5, 4])
     """
 
-    def __init__(self, channels: int, levels: int, width: int) -> None:
+    def __init__(self, channels: int, levels: int, width: int = 16) -> None:
         super().__init__()
-        self.channels, self.levels, self.out_channels = channels, levels, channels * (1 + width) + 1
+        self.channels = channels
+        self.levels = levels
+        self.out_channels = channels * (1 + width) + 1
         tables = [nn.Embedding(levels, width) for _ in range(channels if width else 0)]
         for table in tables:
             nn.init.normal_(table.weight, std=0.3)  # OrdinalRows keeps the size; with 1, equal steps came less far
             parametrize.register_parametrization(table, "weight", OrdinalRows(levels))
         self.tables: Any = nn.ModuleList(tables)
 
-    def forward(self, x: Tensor, like: Tensor) -> Tensor:
-        """uint8 [B,C,...] -> [B,out_channels,...] in the dtype of `like`."""
-        return self.reader(like)(x).contiguous()  # it is the weights that decide how the network lies in memory
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Levels uint8 [B,C,H,W] -> [B,out_channels,H,W] in `dtype`, in which rows are computed, too."""
+        read = _look_up(*self._rows(dtype, x.device), x)
+        return read.contiguous()  # it is the weights that decide how the network lies in memory
 
-    def reader(self, like: Tensor) -> Callable[[Tensor], Tensor]:
-        """`forward` with its rows at hand, for many small calls."""
-        numbers = torch.arange(self.levels, dtype=like.dtype, device=like.device)[:, None] * (2 / (self.levels - 1)) - 1
-        with torch.autocast(like.device.type, enabled=False):  # training and scoring read the same rows
-            rows = [torch.cat([numbers, table.weight.to(like.dtype)], dim=1) for table in self.tables]
-        first = self.levels * torch.arange(self.channels, device=like.device)  # of each channel's rows
-        return partial(_look_up, torch.cat(rows or self.channels * [numbers]), first)
+    def stepper(self, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, At], Tensor]:
+        """Return `forward` with its rows at hand, for many small calls: levels [n,C] -> [n,out_channels]."""
+        rows, first = self._rows(dtype, device)
+        return lambda previous, at: _look_up(rows, first, previous)
+
+    def _rows(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What each level is read as, [C*V,1+width], and where the rows of each channel begin, [C]."""
+        numbers = torch.arange(self.levels, dtype=dtype, device=device)[:, None] * (2 / (self.levels - 1)) - 1
+        with torch.autocast(device.type, enabled=False):  # training and scoring read the same rows
+            rows = [torch.cat([numbers, table.weight.to(dtype)], dim=1) for table in self.tables]
+        return torch.cat(rows or self.channels * [numbers]), self.levels * torch.arange(self.channels, device=device)
 
 
 def _look_up(rows: Tensor, first: Tensor, x: Tensor) -> Tensor:
@@ -54,15 +65,17 @@ def _look_up(rows: Tensor, first: Tensor, x: Tensor) -> Tensor:
 
 
 class ClassEmbedding(nn.Module):
-    """A bias per class and channel. Row `num_classes` means "no class"; unconditional networks use only that row."""
+    """A bias for each class and channel; row `num_classes` of the table is that of "no class"."""
 
-    def __init__(self, num_classes: int, channels: int, conditional: bool) -> None:
+    def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()
-        self.no_class, self.conditional = num_classes, conditional
         self.table = nn.Embedding(num_classes + 1, channels)
         nn.init.normal_(self.table.weight, std=0.1)
 
-    def forward(self, y: Tensor) -> Tensor:
-        """int64 [B] -> [B,channels,1,1]."""
-        row = y if self.conditional else torch.full_like(y, self.no_class)
-        return self.table(row)[:, :, None, None]
+    def forward(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """int64 [B] -> [B,channels,1,1] in `dtype`: under bf16 autocast, float32 would make a whole stream float32."""
+        return self.table(y)[:, :, None, None].to(dtype)
+
+    def rows(self, y: Tensor) -> Tensor:
+        """int64 [B] -> [B,channels], for a network that steps."""
+        return self.table(y)

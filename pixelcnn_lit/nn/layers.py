@@ -1,16 +1,18 @@
 """The parts that networks share: causal convolutions, norms that cannot leak, heads."""
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MakeCache = Callable[..., Any]  # (weight, bias, mask, and what stands before or after) -> a cache of `caches`
+from pixelcnn_lit.nn.caches import State, TapsCache
+from pixelcnn_lit.nn.wavefronts import At
+
+Cache = TypeVar("Cache", bound=TapsCache)
 
 
 class CausalConv2d(nn.Module):
@@ -19,13 +21,20 @@ class CausalConv2d(nn.Module):
     Mask A leaves the pixels before the current one in raster order, B also the current one. The kernel rows below the
     centre, dead under either mask, do not exist: the weight is [out, in, k//2+1, k]. The mask multiplies the weight
     in each forward, so masked weights get no gradient and stay the zeros they began as.
+
+    Example:
+        >>> CausalConv2d(3, 8, kernel_size=5, mask_type="A").mask[0, 0]
+        tensor([[1., 1., 1., 1., 1.],
+                [1., 1., 1., 1., 1.],
+                [1., 1., 0., 0., 0.]])
     """
 
     mask: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, mask_type: Literal["A", "B"]) -> None:
         super().__init__()
-        self.rows, self.side = kernel_size // 2 + 1, kernel_size // 2
+        self.rows = kernel_size // 2 + 1
+        self.side = kernel_size // 2
         mask = torch.ones(1, 1, self.rows, kernel_size)
         mask[..., -1, self.side + (mask_type == "B") :] = 0
         self.register_buffer("mask", mask, persistent=False)
@@ -42,20 +51,38 @@ class CausalConv2d(nn.Module):
         padded = F.pad(x, (0, 0, self.rows - 1, 0))  # above alone: conv2d's own padding would add rows below, too
         return F.conv2d(padded, self.weight * self.mask, self.bias, padding=(0, self.side))
 
-    def cache(self, make: MakeCache, **own: Any) -> Any:
-        """What computes this convolution pixel by pixel or front by front: see `caches`."""
-        return make(self.weight * self.mask, self.bias, self.mask, **own)
+    def cache(self, state: State[Cache], **norms: Any) -> Cache:
+        """Return what computes this convolution step by step, with the norms `before` and `after` it."""
+        return state.cache(self.weight * self.mask, self.bias, self.mask, **norms)
 
-    def reach(self, seen: Tensor) -> Tensor:
-        """The inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""
+    def receptive_field(self, seen: Tensor) -> Tensor:
+        """Return the inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""
         mask = self.mask.cpu()
         below = F.pad(seen.to(mask)[None, None], (0, 0, 0, self.rows - 1))
         return F.conv_transpose2d(below, mask, padding=(self.rows - 1, self.side))[0, 0] > 0
 
 
-def recompute_blocks(net: nn.Module) -> int:
-    """Blocks keep their inputs alone for the backward pass, and compute anew what lies within. Returns their number."""
-    blocks = [module for module in net.modules() if getattr(module, "recomputable", False)]
+def every_earlier_pixel(image_size: tuple[int, int], i: int, j: int) -> Tensor:
+    """Return the pixels before row i, column j in raster order, bool [H,W]."""
+    height, width = image_size
+    return (torch.arange(height * width) < i * width + j).view(height, width)
+
+
+def pixel_before(x: Tensor) -> Tensor:
+    """Move each pixel of [B,C,H,W] one place on in raster order, over the ends of rows; zeros come first."""
+    return F.pad(x.flatten(2), (1, -1)).view_as(x)
+
+
+@runtime_checkable
+class Checkpointable(Protocol):
+    """A block that may keep its inputs alone for the backward pass, which then computes its inside again."""
+
+    checkpointable: bool
+
+
+def checkpoint_blocks(net: nn.Module) -> int:
+    """Let the blocks of a network that are `Checkpointable` trade time for memory. Returns their number."""
+    blocks = [module for module in net.modules() if isinstance(module, Checkpointable)]
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return len(blocks)
@@ -69,33 +96,49 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class PreNormBlock(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))), the identity at the start."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))), the identity at the start.
 
-    recomputable = True
+    Example:
+        >>> x = torch.randn(2, 8, 5, 5)
+        >>> torch.equal(PreNormBlock(8, dropout=0.0)(x), x)
+        True
+    """
+
+    checkpointable = True
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
-        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
-        self.conv1, self.conv2 = CausalConv2d(channels, channels, 3, "B"), CausalConv2d(channels, channels, 3, "B")
+        self.norm1 = ChannelNorm(channels)
+        self.norm2 = ChannelNorm(channels)
+        self.conv1 = CausalConv2d(channels, channels, 3, "B")
+        self.conv2 = CausalConv2d(channels, channels, 3, "B")
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B,C,H,W] -> [B,C,H,W]."""
         h = self.conv1(F.relu(self.norm1(x)))
         return x + self.conv2(self.dropout(F.relu(self.norm2(h))))
 
-    def init_cache(self, make: MakeCache) -> list[Any]:
-        return [self.conv1.cache(make, before=self.norm1), self.conv2.cache(make, before=self.norm2)]
-
-    def step(self, cache: list[Any], x: Tensor, at: Any) -> Tensor:
-        """`forward` at a column of the present row or a front, without dropout: x [n,C] -> [n,C], in place."""
-        first, second = cache
-        first.put_relu(x, at)
-        second.put_relu(first.output(at), at)
-        return second.add_output(x, at)
+    def stepper(self, state: State[TapsCache]) -> "PreNormStepper":
+        return PreNormStepper(self, state)
 
 
-class OutputStack(nn.Sequential):
+class PreNormStepper:
+    """A `PreNormBlock` in steps, without dropout."""
+
+    def __init__(self, block: PreNormBlock, state: State[TapsCache]) -> None:
+        self.conv1 = block.conv1.cache(state, before=block.norm1)
+        self.conv2 = block.conv2.cache(state, before=block.norm2)
+
+    def step(self, x: Tensor, at: At) -> Tensor:
+        """x [n,C] -> [n,C], in place."""
+        self.conv1.write_relu(x, at)
+        self.conv2.write_relu(self.conv1.output(at), at)
+        return self.conv2.add_output(x, at)
+
+
+class CausalHead(nn.Sequential):
     """From the blocks to the features: two more masked convolutions and a 1×1, a ReLU before each."""
 
     def __init__(self, channels: int, out_channels: int, norm: nn.Module) -> None:
@@ -109,45 +152,63 @@ class OutputStack(nn.Sequential):
             nn.Conv2d(channels, out_channels, 1),
         )
 
-    def init_cache(self, make: MakeCache) -> list[Any]:
-        norm, _, conv1, _, conv2, *_ = self
+    def stepper(self, state: State[TapsCache]) -> "CausalHeadStepper":
+        return CausalHeadStepper(self, state)
+
+
+class CausalHeadStepper:
+    """A `CausalHead` in steps."""
+
+    def __init__(self, head: CausalHead, state: State[TapsCache]) -> None:
+        norm, _, conv1, _, conv2, _, out = head
         assert isinstance(conv1, CausalConv2d)
         assert isinstance(conv2, CausalConv2d)
-        return [conv1.cache(make, before=norm if isinstance(norm, nn.LayerNorm) else None), conv2.cache(make)]
-
-    def step(self, cache: list[Any], x: Tensor, at: Any) -> Tensor:
-        """`forward` at a column of the present row or a front: x [n,C] -> features [n,D]."""
-        for rows in cache:
-            rows.put_relu(x, at)
-            x = rows.output(at)
-        out = self[-1]
         assert isinstance(out, nn.Conv2d)
-        assert out.bias is not None
-        return torch.addmm(out.bias, x.relu_(), out.weight[..., 0, 0].T)
+        self.convolutions = [
+            conv1.cache(state, before=norm if isinstance(norm, nn.LayerNorm) else None),
+            conv2.cache(state),
+        ]
+        self.bias = out.bias
+        self.matrix = out.weight[..., 0, 0].T
+
+    def step(self, x: Tensor, at: At) -> Tensor:
+        """x [n,C] -> features [n,D]."""
+        for convolution in self.convolutions:
+            convolution.write_relu(x, at)
+            x = convolution.output(at)
+        assert self.bias is not None
+        return torch.addmm(self.bias, x.relu_(), self.matrix)
 
 
-class PointwiseStack(nn.Sequential):
+class PointwiseHead(nn.Sequential):
     """From the layers to the features, within each pixel: two 1×1 convolutions, a ReLU before each."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         convs = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, out_channels, 1)
         super().__init__(ChannelNorm(channels), nn.ReLU(), convs[0], nn.ReLU(), convs[1])
 
-    def init_cache(self) -> tuple[Any, ...]:
-        parts: Any = list(self)
+    def stepper(self) -> "PointwiseHeadStepper":
+        return PointwiseHeadStepper(self)
+
+
+class PointwiseHeadStepper:
+    """A `PointwiseHead` in steps."""
+
+    def __init__(self, head: PointwiseHead) -> None:
+        parts: Any = list(head)
         norm, _, hidden, _, out = parts
-        matrices = ((conv.bias, conv.weight[..., 0, 0].T.contiguous()) for conv in (hidden, out))
-        return (norm.normalized_shape, norm.weight, norm.bias, norm.eps), *matrices
+        self.norm = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        self.bias1, self.matrix1 = hidden.bias, hidden.weight[..., 0, 0].T.contiguous()
+        self.bias2, self.matrix2 = out.bias, out.weight[..., 0, 0].T.contiguous()
 
-    def step(self, cache: tuple[Any, ...], x: Tensor) -> Tensor:
-        """`forward` of pixels [n,C] -> features [n,D]."""
-        norm, (bias1, matrix1), (bias2, matrix2) = cache
-        x = torch.addmm(bias1, torch.layer_norm(x, *norm).relu_(), matrix1)
-        return torch.addmm(bias2, x.relu_(), matrix2)
+    def step(self, x: Tensor) -> Tensor:
+        """x [n,C] -> features [n,D]."""
+        x = torch.addmm(self.bias1, torch.layer_norm(x, *self.norm).relu_(), self.matrix1)
+        return torch.addmm(self.bias2, x.relu_(), self.matrix2)
 
 
-def lstm(gates: Tensor, c: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The new state and cell, from the gates o, f, i, g along `dim`, as wide as the states each, and the cell before.
+def lstm_cell(gates: Tensor, c: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the new state and cell, from the gates o, f, i, g along `dim`, as wide as the states each, and the cell.
 
     van den Oord et al. 2016, Pixel Recurrent Neural Networks, equation 3. Computed in the precision of the cell: in
     bf16, a long sum would stand still.

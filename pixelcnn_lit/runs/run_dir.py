@@ -70,3 +70,8 @@ def directory(value: str | None) -> str:
 
 
 OmegaConf.register_new_resolver("directory", directory, replace=True)
+
+
+def plain_name(name: str) -> str:
+    """A dataset's name as results carry it; where it is a path, as of npz files and folders, its last part."""
+    return Path(name).name.removesuffix(".npz")

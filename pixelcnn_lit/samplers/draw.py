@@ -8,7 +8,7 @@ device (up to rounding, which can move a draw that lies on a boundary), and what
 import copy
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,37 +23,14 @@ from tqdm.auto import tqdm
 
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.models.protocols import ImageDensity
 from pixelcnn_lit.nn.noise import uniform
 from pixelcnn_lit.runs.machine import on_threads
+from pixelcnn_lit.runs.pace import Pace
 from pixelcnn_lit.runs.terminal import progress
 from pixelcnn_lit.runs.workers import share
 from pixelcnn_lit.samplers.pick import picker
-from pixelcnn_lit.samplers.walk import Conditioned, Watch, evaluating, fixed_point, walk
-
-
-class Pace:
-    """How fast images are drawn, by this process and perhaps others beside it.
-
-    Each is timed while it draws, and their rates are added: how long it takes another to start is not in them.
-    """
-
-    def __init__(self) -> None:
-        self._images, self._seconds = defaultdict[int, int](int), defaultdict[int, float](float)  # by process
-
-    def add(self, process: int, images: int, seconds: float) -> None:
-        self._images[process] += images
-        self._seconds[process] += seconds
-
-    @property
-    def images_per_second(self) -> float:
-        return sum(images / self._seconds[process] for process, images in self._images.items())
-
-    def __str__(self) -> str:
-        """The end of a phrase; empty where nobody was timed, as by a sampler that does not."""
-        if not self._images:
-            return ""
-        together = f" in {len(self._images)} processes" if len(self._images) > 1 else ""
-        return f", {self.images_per_second:.3g} images/s{together}"
+from pixelcnn_lit.samplers.walk import GuidedModel, Watch, eval_mode, fixed_point, walk
 
 
 @dataclass(frozen=True)
@@ -61,8 +38,7 @@ class Request:
     """What a sampler is asked for, beside its own settings.
 
     Args:
-        net, likelihood, image_shape, num_classes: the model.
-        known_classes: those it was trained on, of 0..num_classes, where `num_classes` means "no class".
+        density: the model.
         y: the classes to draw, int64 [K].
         image, known: uint8 [K,C,H,W], whose pixels are kept where bool [H,W] is true.
         watch: called after each step or evaluation with the images so far, uint8 [K,n_per_class,C,H,W].
@@ -71,12 +47,8 @@ class Request:
         pace: told how fast it goes.
     """
 
-    net: nn.Module
-    likelihood: Any
+    density: ImageDensity
     y: Tensor
-    image_shape: tuple[int, ...]
-    num_classes: int
-    known_classes: list[int]
     image: Tensor | None = None
     known: Tensor | None = None
     watch: Callable[[Tensor], None] | None = None
@@ -105,18 +77,15 @@ def draw(
     Args:
         method: "naive" evaluates the network on the whole image once a pixel; "cached" on the pixel or front alone,
             where the network can step, else as "fixed_point"; "fixed_point" on the whole image until nothing changes.
-        temperature, top_k, top_p: see `sharpened`. guidance_scale, mix_with, mix_weight: see `Conditioned`.
+        temperature, top_k, top_p: see `sharpened`. guidance_scale, mix_with, mix_weight: see `GuidedModel`.
         batch_size: images at a time at most, which changes nothing but time and memory.
         bf16: the network in bfloat16: faster where the machine is, and approximate.
     """
-    refuse_steering(request.num_classes, request.known_classes, guidance_scale, mix_with)
-    net = copy.deepcopy(request.net).bfloat16() if bf16 else request.net
-    if method == "cached" and not hasattr(net, "step"):
+    refuse_steering(request.density, guidance_scale, mix_with)
+    if method == "cached" and not request.density.can_step:
         method = "fixed_point"
     drawing = Drawing(
-        net=net,
-        likelihood=request.likelihood,
-        num_classes=request.num_classes,
+        density=half_precision(request.density) if bf16 else request.density,
         known=request.known,
         method=method,
         steering={"guidance_scale": guidance_scale, "mix_with": mix_with, "mix_weight": mix_weight},
@@ -126,7 +95,7 @@ def draw(
     image = None if request.image is None else request.image.repeat_interleave(n_per_class, 0)
     parts = cut(len(keys), batch_size)
     batches = [Batch(keys[part], None if image is None else image[part]) for part in parts]
-    canvas = torch.zeros(len(keys), *request.image_shape, dtype=torch.uint8, device=request.y.device)
+    canvas = torch.zeros(len(keys), *request.density.image_shape, dtype=torch.uint8, device=request.y.device)
     images, pace = canvas.unflatten(0, (-1, n_per_class)), request.pace or Pace()
 
     def here(n: int) -> None:
@@ -143,7 +112,7 @@ def draw(
         bar.update(drawn[:, 0].size)
 
     divided = request.processes > 1 and canvas.device.type == "cpu" and not request.watch
-    there = partial(_drawn, _picklable(drawing), request.image_shape, torch.get_num_threads()) if divided else None
+    there = partial(_drawn, _picklable(drawing), torch.get_num_threads()) if divided else None
     with _bar(canvas, request) as bar:
         share(batches, here, there, arrived, request.processes)
     return images
@@ -167,26 +136,32 @@ class Batch:
 class Drawing:
     """The model that is drawn from, and all else that is the same for each batch."""
 
-    net: nn.Module
-    likelihood: Any
-    num_classes: int
+    density: ImageDensity
     known: Tensor | None
     method: str
-    steering: dict[str, Any]  # of Conditioned
+    steering: dict[str, Any]  # of GuidedModel
     sharpening: dict[str, Any]  # of picker
 
     def fill(self, canvas: Tensor, batch: Batch, watch: Watch | None = None) -> None:
         """Fill uint8 [B,C,H,W] in place with the images of a batch."""
         y = torch.tensor([label for _, label, _, _ in batch.keys], device=canvas.device)
-        target = Conditioned(self.net, self.likelihood, y, self.num_classes, **self.steering)
-        u = torch.stack([uniform(key, tuple(canvas.shape[1:])) for key in batch.keys]).to(target.noise_device)
+        model = GuidedModel(self.density, y, **self.steering)
+        u = torch.stack([uniform(key, tuple(canvas.shape[1:])) for key in batch.keys]).to(model.noise_device)
         pick = picker(u, batch.image, self.known, **self.sharpening)
-        plainly = torch.autocast(canvas.device.type, enabled=False)
-        with evaluating(self.net, self.likelihood), plainly, parametrize.cached():
+        with eval_mode(self.density), torch.autocast(canvas.device.type, enabled=False), parametrize.cached():
             if self.method == "fixed_point":
-                fixed_point(target, pick, canvas, watch)
+                fixed_point(model, pick, canvas, watch)
             else:
-                walk(target, pick, canvas, stepwise=self.method == "cached", watch=watch)
+                walk(model, pick, canvas, stepwise=self.method == "cached", watch=watch)
+
+
+def half_precision(density: ImageDensity) -> ImageDensity:
+    """A copy whose features are computed in bfloat16, and the likelihood of them as before."""
+    half = copy.deepcopy(density)
+    for part in (half.embedding, half.network):
+        assert isinstance(part, nn.Module)
+        part.bfloat16()
+    return half
 
 
 def _keys(y: Tensor, n_per_class: int, seed: int) -> list[tuple[int, int, int, int]]:
@@ -201,11 +176,9 @@ def _keys(y: Tensor, n_per_class: int, seed: int) -> list[tuple[int, int, int, i
 
 def _picklable(drawing: Drawing) -> Drawing:
     """The same with a copy of the model whose parametrized weights are plain tensors: torch pickles no others."""
-    both = drawing.net, drawing.likelihood
-    parts = [part for module in both for part in module.modules() if parametrize.is_parametrized(part)]
+    parts = [part for part in drawing.density.modules() if parametrize.is_parametrized(part)]
     # Not parametrize.remove_parametrizations of a copy: it would change the class, which the copy shares.
-    net, likelihood = copy.deepcopy(both, {id(part): _plain(part) for part in parts})
-    return replace(drawing, net=net, likelihood=likelihood)
+    return replace(drawing, density=copy.deepcopy(drawing.density, {id(part): _plain(part) for part in parts}))
 
 
 def _plain(part: nn.Module) -> nn.Module:
@@ -219,9 +192,9 @@ def _plain(part: nn.Module) -> nn.Module:
     return plain
 
 
-def _drawn(drawing: Drawing, image_shape: tuple[int, ...], threads: int, batch: Batch) -> tuple[int, float, np.ndarray]:
+def _drawn(drawing: Drawing, threads: int, batch: Batch) -> tuple[int, float, np.ndarray]:
     """Draw a batch in another process: its number, the seconds that it took, and the images uint8 [B,C,H,W]."""
-    canvas = torch.zeros(len(batch.keys), *image_shape, dtype=torch.uint8)
+    canvas = torch.zeros(len(batch.keys), *drawing.density.image_shape, dtype=torch.uint8)
     began = time.perf_counter()
     with on_threads(threads):
         drawing.fill(canvas, batch)
@@ -239,23 +212,16 @@ def _watched(bar: tqdm, batch: int, watch: Callable[[Tensor], None] | None, imag
         watch(images)
 
 
-def refuse_steering(
-    num_classes: int, known_classes: list[int], guidance_scale: float = 1.0, mix_with: int | None = None
-) -> None:
+def refuse_steering(density: ImageDensity, guidance_scale: float = 1.0, mix_with: int | None = None) -> None:
     """Raise UserError where a model cannot be steered so."""
-    if guidance_scale != 1 and (num_classes not in known_classes or len(known_classes) == 1):
+    known = density.known_classes
+    if guidance_scale != 1 and (density.num_classes not in known or len(known) == 1):
         raise UserError(
-            f"sampler.guidance_scale={guidance_scale}: wants a model that was trained with and without its class; "
+            f"sampler.guidance_scale={guidance_scale}: requires a model that was trained with and without its class; "
             "train with label_dropout=0.1"
         )
-    if mix_with is not None:
-        require_known(f"sampler.mix_with={mix_with}", [mix_with], known_classes)
+    if mix_with is not None and mix_with not in known:
+        trained_on = ", ".join(map(str, known)) if len(known) > 1 else "no classes"
+        raise UserError(f"sampler.mix_with={mix_with}: this model was trained on {trained_on}")
     if guidance_scale != 1 and mix_with is not None:
         raise UserError("sampler.guidance_scale and sampler.mix_with exclude each other; type one")
-
-
-def require_known(setting: str, labels: list[int], known_classes: list[int]) -> None:
-    """Raise UserError unless a `setting` asks for classes that the model was trained on."""
-    if not labels or not set(labels) <= set(known_classes):
-        known = ", ".join(map(str, known_classes))
-        raise UserError(f"{setting}: this model was trained on {known if len(known_classes) > 1 else 'no classes'}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.runs.terminal import progress
 
 
@@ -23,13 +23,13 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def class_log_likelihoods(model: DensityModel, x: Tensor, batch_size: int) -> Tensor:
+def class_log_likelihoods(model: Density, x: Tensor, batch_size: int) -> Tensor:
     """log p(x | y) in nats of images uint8 [N,C,H,W] given each class: [N,num_classes], on the CPU."""
     rows = []
     for batch in progress(x.split(batch_size), desc="classifying"):
         here = batch.to(model.device)
         given = [torch.full((len(here),), label, device=model.device) for label in model.classes]
-        rows.append(torch.stack([-model.nats(here, y) for y in given], dim=1).cpu())
+        rows.append(torch.stack([-model(here, y) for y in given], dim=1).cpu())
     return torch.cat(rows)
 
 

@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from pixelcnn_lit.lit.classifier_module import Classifier
+from pixelcnn_lit.lit.classifier_module import ClassifierModule
 from pixelcnn_lit.lit.metrics import accuracy, per_class
 from pixelcnn_lit.runs.terminal import progress
 
@@ -44,7 +44,7 @@ class Verdict(NamedTuple):
 
 
 @torch.no_grad()
-def read(judge: Classifier, x: Tensor, batch_size: int) -> Read:
+def read(judge: ClassifierModule, x: Tensor, batch_size: int) -> Read:
     """Images uint8 [N,C,H,W], read in batches on the judge's device."""
     batches = progress(x.split(batch_size), desc="reading")
     features = torch.cat([judge.features(batch.to(judge.device)).cpu() for batch in batches])

@@ -30,6 +30,7 @@ from pixelcnn_lit.config.build import build, check
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.config.quoting import setting
 from pixelcnn_lit.data.datamodule import ImageData
+from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.runs.atomic import write_text
 from pixelcnn_lit.runs.machine import step_work
 from pixelcnn_lit.runs.run_dir import run_dir, shown
@@ -85,18 +86,35 @@ def say_how_to_go_on(directory: Path) -> None:
 
 
 class Fitted(NamedTuple):
-    """What is left when training has ended. `extras` are the callbacks of the config."""
+    """What is left when training has ended.
+
+    scored: the validation figures of the best checkpoint. extras: the callbacks of the config.
+    """
 
     trainer: L.Trainer
     best_checkpoint: str
+    scored: dict[str, float]
     stopwatch: Stopwatch
     extras: list[Callback]
+
+    def result(self, best: Trainable, label: str) -> dict[str, Any]:
+        """What result.json holds of any run: figures are of the weights best on validation."""
+        return {
+            "label": label,
+            **self.scored,
+            **best.figures,
+            "epochs": self.trainer.current_epoch,
+            "steps": self.trainer.global_step,
+            "images_per_second": self.stopwatch.images_per_second,
+            "precision": self.trainer.precision,
+            "checkpoint": self.best_checkpoint,
+        }
 
 
 def fit(
     directory: Path,
     start: Path | None,
-    module: Any,
+    module: Trainable,
     data: ImageData,
     settings: dict[str, Any],
     beside: dict[str, Any],
@@ -104,11 +122,10 @@ def fit(
     """Train `module` in `directory`, from the checkpoint `start` on if there is one.
 
     Args:
-        module: a LightningModule with LOSS, MONITOR, IDENTITY, `best_figure` and `epoch_line`: see DensityModel.
         settings: those that a sweep varies. beside: those that are saved with them; in the place of their `threads`
             the number that was taken, so that a run that goes on takes it again.
     """
-    require_loadable(module)
+    require_loadable(*module.stored())
     torch.compiler.reset()  # the jobs of a sweep share a process: from the ninth on, none would be compiled
     stopwatch, loss, saved_with = Stopwatch(), TrainingLoss(), settings | beside
     extras = [build_callback(name, own) for name, own in saved_with["callbacks"].items()]
@@ -142,7 +159,8 @@ def fit(
             "nothing was trained and validated in this run: type a larger trainer.max_epochs, max_steps, max_time or "
             "limit_train_batches"
         )
-    return Fitted(trainer, kept.best_model_path, stopwatch, extras)
+    best = kept.best_model_path
+    return Fitted(trainer, best, read_checkpoint(best)["scored"], stopwatch, extras)
 
 
 def build_callback(name: str, config: dict[str, Any]) -> Callback:
@@ -195,7 +213,7 @@ def require_scores(trainer: L.Trainer, data: ImageData, monitor: str, mode: str)
         raise UserError(f"trainer.max_epochs={epochs}: type at least trainer.check_val_every_n_epoch={every}")
 
 
-def read_start(path: str, module: Any, data: ImageData, extras: list[Callback]) -> dict[str, Any]:
+def read_start(path: str, module: Trainable, data: ImageData, extras: list[Callback]) -> dict[str, Any]:
     """The checkpoint to go on from, which must be of the same data and model, with as many averages."""
     saved = read_checkpoint(path)
     if not all(saved.get(key) for key in ("loops", "callbacks", "optimizer_states")):

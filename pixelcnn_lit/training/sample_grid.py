@@ -14,10 +14,9 @@ from pixelcnn_lit.config.build import Range, inspect_config
 from pixelcnn_lit.data.datamodule import ImageData
 from pixelcnn_lit.data.images import first_of_each_class
 from pixelcnn_lit.data.pictures import grid, save
-from pixelcnn_lit.lit.density_module import DensityModel
+from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.runs.machine import chosen_threads
 from pixelcnn_lit.runs.signals import Stopped, stop_if_noted
-from pixelcnn_lit.samplers.draw import refuse_steering
 
 
 class SampleGrid(Callback):
@@ -38,27 +37,26 @@ class SampleGrid(Callback):
         self.threads = chosen_threads(None)  # as `sample` does, and not as many as training
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        steering = {key: self.sampler[key] for key in ("guidance_scale", "mix_with") if key in self.sampler}
-        refuse_steering(pl_module.num_classes, pl_module.known_classes, **steering)
+        pl_module.density.check_sampler(self.sampler)
         if not trainer.is_global_zero:
             return
         data: ImageData = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        real = first_of_each_class(data.train, pl_module.num_classes, self.sampler.get("n_per_class", 1))
-        self._show(trainer, "real", grid(real, pl_module.levels))
+        real = first_of_each_class(data.train, pl_module.density.num_classes, self.sampler.get("n_per_class", 1))
+        self._show(trainer, "real", grid(real, pl_module.density.levels))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         due = due and not isinstance(trainer.strategy, FSDPStrategy)  # whose weights lie in pieces until the end
         if due and trainer.is_global_zero and not trainer.sanity_checking:
             with suppress(Stopped):  # LastCheckpoint ends the run, where all processes agree to
-                self.draw(trainer, pl_module)
+                self.draw(trainer, pl_module.density)
 
-    def draw(self, trainer: L.Trainer, model: DensityModel) -> Path:
-        """Draw with `model` on the training device; returns the PNG's path. Raises Stopped once a signal is noted."""
-        model = model.to(trainer.strategy.root_device)
+    def draw(self, trainer: L.Trainer, density: Density) -> Path:
+        """Draw with `density` on the training device; returns the PNG's path. Raises Stopped once a signal is noted."""
+        density.to(trainer.strategy.root_device)
         own = {"watch": lambda images: stop_if_noted(), "progress": trainer.progress_bar_callback is not None}
-        images = model.draw(self.sampler, threads=self.threads, **own)
-        return self._show(trainer, "samples", grid(images, model.levels))
+        images = density.draw(self.sampler, threads=self.threads, **own)
+        return self._show(trainer, "samples", grid(images, density.levels))
 
     @staticmethod
     def _show(trainer: L.Trainer, name: str, picture: Tensor) -> Path:

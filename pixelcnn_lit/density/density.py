@@ -1,0 +1,249 @@
+"""A density: an embedding, a network and a likelihood, which together are log p(x | y) of images. Plain torch."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixelcnn_lit.checkpoints.safetensors import digest
+from pixelcnn_lit.config.build import build, inspect_config
+from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.models.protocols import Embedding, Likelihood, Network, SteppableNetwork, Stepper
+from pixelcnn_lit.nn.layers import checkpoint_blocks
+from pixelcnn_lit.nn.wavefronts import At
+from pixelcnn_lit.runs.machine import on_threads
+from pixelcnn_lit.samplers.draw import Request, refuse_steering
+
+# What is scored or sampled in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32).
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+
+SAMPLER = "pixelcnn_lit.samplers.draw.draw"
+
+
+def bits(nats: Any) -> Any:
+    """Nats to bits: the one line where the unit changes."""
+    return nats / math.log(2)
+
+
+class Density(nn.Module):
+    """log p(x | y) of images, as a sum over pixels and channels in raster order.
+
+    All arguments are plain values, and stored in a checkpoint, from which `pixelcnn_lit.load` makes it again.
+
+    Args:
+        model, likelihood: configs of the network, with its `embedding`, and of what happens inside a pixel.
+        image_shape, num_classes, levels, class_names: facts of the data.
+        label: the name of the data it was trained on, with all that was changed in it.
+        dataset: config of that data.
+        conditional: false means that every image comes without its class.
+        label_dropout: share of training images that came without it.
+
+    Example:
+        >>> import pixelcnn_lit
+        >>> model = pixelcnn_lit.load("mnist")
+        >>> model.sample(classes=[3], n_per_class=2, seed=0).shape
+        torch.Size([1, 2, 1, 28, 28])
+    """
+
+    TITLE = "density model"
+    IDENTITY = ("model", "likelihood", "conditional")  # what makes it, beside the facts of the data
+
+    likelihood: Likelihood
+    embedding: Embedding
+    network: Network
+
+    def __init__(
+        self,
+        *,
+        model: dict[str, Any],
+        likelihood: dict[str, Any],
+        image_shape: Sequence[int],
+        num_classes: int,
+        levels: int,
+        class_names: list[str],
+        label: str = "",
+        dataset: dict[str, Any] | None = None,
+        conditional: bool = True,
+        label_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        if channels not in (1, 3):  # an untrusted file may ask for a table or a head for each of a billion
+            raise UserError(f"image_shape={list(image_shape)}: must begin with 1 channel (grey) or 3 (RGB)")
+        facts = {"image_shape": [channels, height, width], "num_classes": num_classes, "levels": levels}
+        own = {"model": model, "likelihood": likelihood, "conditional": conditional, "label_dropout": label_dropout}
+        # What makes it again, as plain values.
+        self.settings: dict[str, Any] = facts | own | {"class_names": class_names, "label": label, "dataset": dataset}
+        self.image_shape: tuple[int, int, int] = (channels, height, width)
+        self.num_classes = num_classes
+        self.levels = levels
+        self.class_names = class_names
+        self.label = label
+        self.conditional = conditional
+        self.label_dropout = label_dropout
+        self.dims = channels * height * width
+        network = dict(model)
+        embedding = network.pop("embedding", {})
+        self.likelihood = build("likelihood", likelihood, nn.Module, image_shape=self.image_shape, levels=levels)
+        self.embedding = build("model.embedding", embedding, nn.Module, channels=channels, levels=levels)
+        self.network = build(
+            "model",
+            network,
+            nn.Module,
+            image_size=(height, width),
+            in_channels=self.embedding.out_channels,
+            num_classes=num_classes,
+            out_channels=self.likelihood.out_channels,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the network computes, where no autocast changes it."""
+        return next(self.network.parameters()).dtype
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes to draw: all of them, or "no class" alone for an unconditional model."""
+        return list(range(self.num_classes)) if self.conditional else [self.num_classes]
+
+    @property
+    def known_classes(self) -> list[int]:
+        """The classes it was trained on; `num_classes` ("no class") where the class was hidden from it at times."""
+        return self.classes + [self.num_classes] * (self.conditional and self.label_dropout > 0)
+
+    def class_numbers(self, classes: Sequence[int | str], setting: str = "classes") -> list[int]:
+        """Return the numbers of classes that are given by name or, where none has that name, by number.
+
+        Raises UserError, which names the `setting`, unless the model was trained on them.
+        """
+        names = self.class_names
+        numbers: list[Any] = [names.index(str(one)) if str(one) in names else one for one in classes]
+        if not numbers or not set(numbers) <= set(self.known_classes):
+            called = {n: name if name == str(n) else f"{name} ({n})" for n, name in enumerate(names)}
+            known = ", ".join(called.get(n, f"no class ({n})") for n in self.known_classes)
+            raise UserError(f"{setting}: this model was trained on {known if self.conditional else 'no classes'}")
+        return numbers
+
+    def features(self, x: Tensor, y: Tensor) -> Tensor:
+        """Levels [B,C,H,W] and classes int64 [B] -> what the network knows of each pixel, [B,D,H,W]."""
+        return self.network(self.embedding(x, self.dtype), self._heard(y))
+
+    @property
+    def can_step(self) -> bool:
+        """Whether the network is one that steps."""
+        return isinstance(self.network, SteppableNetwork)
+
+    def stepper(self, y: Tensor) -> "DensityStepper":
+        """Return what computes `features` step by step for the classes y [B], if the network can step."""
+        assert isinstance(self.network, SteppableNetwork)
+        return DensityStepper(self.embedding.stepper(self.dtype, y.device), self.network.stepper(self._heard(y)))
+
+    def _heard(self, y: Tensor) -> Tensor:
+        """The classes as the network is told of them."""
+        return y if self.conditional else torch.full_like(y, self.num_classes)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """-log p(x | y) in nats [B], of levels [B,C,H,W] and classes int64 [B] that are known to be valid."""
+        return -self.log_prob(x, y).sum((1, 2, 3))
+
+    def log_prob(self, x: Tensor, y: Tensor) -> Tensor:
+        """Nats of each value given the class and all before it, [B,C,H,W]; arguments as of `forward`."""
+        return self.likelihood.log_prob(self.features(x, y), x)
+
+    def nats(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return -log p(x | y) in nats an image [B], of levels uint8 [B,C,H,W] and classes int64 [B].
+
+        Raises UserError where they are not those of this model.
+        """
+        self._require_images(x, y)
+        return self(x, y)
+
+    def bits_per_pixel(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return where the bits are spent: [B,H,W], whose sum is `nats` in bits. Raises as `nats` does."""
+        self._require_images(x, y)
+        return bits(-self.log_prob(x, y).sum(1))
+
+    def check_sampler(self, sampler: dict[str, Any]) -> None:
+        """Raise UserError unless the config of a sampler is one that this model can be drawn from by."""
+        _, settings = inspect_config("sampler", sampler, Tensor, ["request"])
+        refuse_steering(self, **{key: settings[key] for key in ("guidance_scale", "mix_with") if key in settings})
+
+    def checkpoint_blocks(self) -> int:
+        """Let blocks keep their inputs alone for the backward pass: see `nn.layers.checkpoint_blocks`."""
+        return checkpoint_blocks(self)
+
+    def digest(self) -> str:
+        """Return a SHA-256 of the weights and of what decides how they are used."""
+        used = ("model", "likelihood", "image_shape", "levels", "conditional")
+        weights = {name: value.cpu() for name, value in self.state_dict().items()}
+        return digest(weights, json.dumps({key: self.settings[key] for key in used}, sort_keys=True))
+
+    def draw(
+        self, sampler: dict[str, Any], classes: Sequence[int] | None = None, threads: int = 1, **own: Any
+    ) -> Tensor:
+        """Return images of each class by the config of a sampler: uint8 [K,n,C,H,W]; `own`: as in `Request`.
+
+        Steps are many and small: on several `threads`, all wait for each of them whenever another program runs.
+        """
+        y = torch.tensor(self.classes if classes is None else list(classes), device=self.device)
+        with on_threads(threads):
+            return build("sampler", sampler, Tensor, request=Request(self, y, **own))
+
+    def sample(
+        self, n_per_class: int = 1, classes: Sequence[int | str] | None = None, seed: int = 0, **settings: Any
+    ) -> Tensor:
+        """Return images of each class: uint8 [K,n_per_class,C,H,W].
+
+        The same arguments give the same images, whatever else is asked for.
+
+        Args:
+            classes: by name or number; all where there are none.
+            settings: of `pixelcnn_lit.samplers.draw.draw`, as `temperature` and `guidance_scale`.
+        """
+        numbers = None if classes is None else self.class_numbers(classes)
+        return self.draw({"_target_": SAMPLER, "n_per_class": n_per_class, "seed": seed, **settings}, numbers)
+
+    def complete(self, x: Tensor, known: Tensor, y: Tensor, n: int = 1, seed: int = 0, **settings: Any) -> Tensor:
+        """Return images that keep the `known` pixels of x to the bit, the others drawn: uint8 [B,n,C,H,W].
+
+        Args:
+            x: levels uint8 [B,C,H,W]. known: bool [H,W]. y: classes int64 [B].
+            settings: of `pixelcnn_lit.samplers.draw.draw`.
+        """
+        self._require_images(x, y)
+        if known.shape != x.shape[2:] or known.dtype != torch.bool:
+            raise UserError(f"known: {known.dtype} {list(known.shape)}; give bool {list(x.shape[2:])}")
+        sampler = {"_target_": SAMPLER, "n_per_class": n, "seed": seed, **settings}
+        return self.draw(sampler, y.tolist(), image=x, known=known)
+
+    def _require_images(self, x: Tensor, y: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.image_shape or x.dtype.is_floating_point:
+            raise UserError(f"x: {x.dtype} {list(x.shape)}; give integers [B,{','.join(map(str, self.image_shape))}]")
+        if y.shape != x.shape[:1] or y.dtype.is_floating_point:
+            raise UserError(f"y: {y.dtype} {list(y.shape)}; give the class of each image, int64 [{len(x)}]")
+        if len(x) and (int(x.min()) < 0 or int(x.max()) >= self.levels):
+            raise UserError(
+                f"x: values {int(x.min())} to {int(x.max())}; this model is of levels 0 to {self.levels - 1}"
+            )
+        if len(y) and (int(y.min()) < 0 or int(y.max()) > self.num_classes):
+            raise UserError(f"y: classes {int(y.min())} to {int(y.max())}; this model's are 0 to {self.num_classes}")
+
+
+class DensityStepper:
+    """The embedding and the network of a `Density` in steps: see `Stepper`."""
+
+    def __init__(self, embed: Callable[[Tensor, At], Tensor], network: Stepper) -> None:
+        self.embed = embed
+        self.network = network
+        self.skew = network.skew
+        self.replayable = network.replayable
+
+    def step(self, previous: Tensor, at: At) -> Tensor:
+        return self.network.step(self.embed(previous, at), at)
