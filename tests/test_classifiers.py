@@ -17,7 +17,7 @@ from pixelcnn_lit.classifiers.networks import ResidualBlock
 from pixelcnn_lit.config.build import build
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.lit.classifier_module import ClassifierModule, load_classifier
-from pixelcnn_lit.lit.density_module import load
+from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.command import CONF
 from pixelcnn_lit.scoring.bayes import class_log_likelihoods, marginal, posterior, score
 from pixelcnn_lit.scoring.samples import Read, diversity, frechet_distance, kernel_distance, nearest, read, verdict

@@ -85,7 +85,7 @@ def model() -> Density:
 
 def same_model(a: Density, b: Density) -> bool:
     weights = b.state_dict()
-    return a.settings == b.settings and all(torch.equal(v, weights[k]) for k, v in a.state_dict().items())
+    return a.settings["model"] == b.settings["model"] and all(torch.equal(v, weights[k]) for k, v in a.state_dict().items())
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])

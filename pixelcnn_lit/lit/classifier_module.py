@@ -116,7 +116,7 @@ class ClassifierModule(Trainable):
         checkpoint["scored"] = self.figures
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.figures = checkpoint["scored"]
+        self.figures = dict(checkpoint["scored"])
 
     def stored(self) -> tuple[nn.Module, dict[str, Any]]:
         return self, dict(self.hparams)

@@ -81,7 +81,7 @@ class DensityModule(Trainable):
         checkpoint["scored"] = self.figures
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.figures = checkpoint["scored"]
+        self.figures = dict(checkpoint["scored"])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         x, y = batch
