@@ -1,11 +1,16 @@
 """A bound on the memory that a constructor may ask for, whatever an untrusted file makes of its settings."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+# Kinds of operations whose result is no larger than their inputs, broadcast. Older torch has no tag for reductions.
+BOUNDED = {torch.Tag.pointwise, getattr(torch.Tag, "reduction", torch.Tag.pointwise)}
 
 
 class MemoryBudget(TorchDispatchMode):
@@ -21,6 +26,11 @@ class MemoryBudget(TorchDispatchMode):
         super().__init__()
         self.n_bytes = self.left = n_bytes
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would otherwise import its compiler, for 1.5 seconds, to keep it away from here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= self._asked_for(func, args, kwargs or {})
         if self.left < 0:
@@ -30,6 +40,10 @@ class MemoryBudget(TorchDispatchMode):
     def _asked_for(self, func: Any, args: Any, kwargs: dict[str, Any]) -> int:
         if all(result.alias_info for result in func._schema.returns):  # a view, or in place
             return 0
+        if BOUNDED & set(func.tags):  # by its inputs; and its meta kernel would import torch's compiler
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+            return max(math.prod(shape) * max(4, *(tensor.itemsize for tensor in tensors)), self.SMALLEST)
         shapes, options = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         if any(argument.name == "device" for argument in func._schema.arguments):
             options |= {"device": torch.device("meta"), "pin_memory": False}
