@@ -26,9 +26,9 @@ from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.nn.layers import CausalConv2d
 from pixelcnn_lit.nn.wavefronts import steps
-from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, cores, fast_bf16, on_threads, step_work, take_threads
-from pixelcnn_lit.runs.run_dir import run_dir, shown
+from pixelcnn_lit.runs.run_dir import relative, run_dir
 from pixelcnn_lit.runs.terminal import progress
 from pixelcnn_lit.samplers.draw import half_precision
 from pixelcnn_lit.samplers.pick import picker
@@ -70,9 +70,9 @@ def main(
     head = {"device": device_name(device), "threads to train": to_train, "threads to sample": to_sample}
     head |= {"torch": torch.__version__, "parameters": sum(p.numel() for p in density.parameters())}
     head |= {"batch_size": batch_size, "image_shape": list(image_shape)}
-    write_text(run_dir() / "benchmark.json", json.dumps({**head, **tables}, indent=2))
+    atomic_write_text(run_dir() / "benchmark.json", json.dumps({**head, **tables}, indent=2))
     print(", ".join(f"{key} {value}" for key, value in head.items()))
-    print(*map(table, tables.values()), shown(run_dir() / "benchmark.json"), sep="\n")
+    print(*map(table, tables.values()), relative(run_dir() / "benchmark.json"), sep="\n")
 
 
 def medians(timed: Timed, rounds: int) -> dict[str, float]:

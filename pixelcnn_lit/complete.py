@@ -16,12 +16,12 @@ from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import saved_or_given
 from pixelcnn_lit.data.pictures import grid, read_png, save
-from pixelcnn_lit.data.transforms import quantise
+from pixelcnn_lit.data.transforms import requantize_levels
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
-from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
-from pixelcnn_lit.runs.run_dir import run_dir, shown
+from pixelcnn_lit.runs.run_dir import relative, run_dir
 
 
 def main(
@@ -69,8 +69,8 @@ def main(
         result |= scores
     else:
         print("not the conditional: kept pixels stand behind drawn ones")
-    write_text(directory / "completions.json", json.dumps(result, indent=2))
-    print(f"image, what is kept, {drawn.shape[1]} completions a row: {shown(directory / 'completions.png')}")
+    atomic_write_text(directory / "completions.json", json.dumps(result, indent=2))
+    print(f"image, what is kept, {drawn.shape[1]} completions a row: {relative(directory / 'completions.png')}")
 
 
 def half(keep: str, image_shape: tuple[int, ...]) -> Tensor:
@@ -110,7 +110,7 @@ def read_image(path: str, model: Density) -> Tensor:
     x = read_png(Path(path))
     if tuple(x.shape) != model.image_shape:
         raise UserError(f"image={path}: (C, H, W) = {tuple(x.shape)}; this model draws {model.image_shape}")
-    return quantise(x[None], 256, model.levels)
+    return requantize_levels(x[None], 256, model.levels)
 
 
 def read_mask(path: str, model: Density) -> Tensor:

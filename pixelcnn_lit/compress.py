@@ -20,12 +20,12 @@ from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.data.datamodule import saved_or_given
 from pixelcnn_lit.data.images import Split, channels_first
-from pixelcnn_lit.data.pictures import as_it_is, read_png
+from pixelcnn_lit.data.pictures import read_png, to_pil
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
-from pixelcnn_lit.runs.atomic import whole
+from pixelcnn_lit.runs.atomic import atomic_write
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, take_threads
-from pixelcnn_lit.runs.run_dir import shown
+from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.terminal import progress
 from pixelcnn_lit.scoring.bayes import class_log_likelihoods
 
@@ -45,7 +45,7 @@ def main(
     if Path(out).is_dir():
         raise UserError(f"out={out}: is a folder; type the name of a file")
     model = load(ckpt).to(best_device())
-    with whole(Path(out)) as file:  # which is tried before the work
+    with atomic_write(Path(out)) as file:  # which is tried before the work
         if images in SPLITS:
             given = of_split(model, images, ckpt, dataset)[:n_images]
         else:
@@ -55,7 +55,7 @@ def main(
         file.write(done.content)
     if len(given):
         print(report(model, given, len(done.content), done.model_bits, done.class_bits))
-    print(f"{len(given)} images, {len(done.content):,} bytes: {shown(out)}")
+    print(f"{len(given)} images, {len(done.content):,} bytes: {relative(out)}")
 
 
 def of_split(model: Density, split: str, ckpt: str, dataset: dict[str, Any]) -> Split:
@@ -131,5 +131,5 @@ def report(model: Density, images: Split, size: int, model_bits: float, class_bi
 def encoded(image: Tensor, format: str, **options: Any) -> int:
     """Bytes of an image uint8 [C,H,W] as Pillow writes it."""
     buffer = io.BytesIO()
-    as_it_is(image).save(buffer, format, **options)
+    to_pil(image).save(buffer, format, **options)
     return buffer.tell()

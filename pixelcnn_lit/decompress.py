@@ -12,11 +12,11 @@ import numpy as np
 from pixelcnn_lit.codec.coder import decompress
 from pixelcnn_lit.codec.format import parse
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.data.pictures import as_it_is
+from pixelcnn_lit.data.pictures import to_pil
 from pixelcnn_lit.density.load import load
-from pixelcnn_lit.runs.atomic import whole
+from pixelcnn_lit.runs.atomic import atomic_write
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, take_threads
-from pixelcnn_lit.runs.run_dir import shown
+from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.terminal import progress
 
 
@@ -34,11 +34,11 @@ def main(ckpt: str, file: str, out: str, threads: Threads) -> None:
     say_threads(model.device, written_with)
     images = decompress(model, content, f"file={file}")
     if out.endswith(".npz"):
-        with whole(Path(out)) as target:
+        with atomic_write(Path(out)) as target:
             np.savez(target, images=images.x.permute(0, 2, 3, 1).numpy(), labels=images.y.numpy())
     else:
         for n, (image, label) in enumerate(zip(progress(images.x, desc="writing"), images.y.tolist(), strict=True)):
             path = Path(out) / str(label) / f"{n:06}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            as_it_is(image).save(path)
-    print(f"{len(images)} images: {shown(out)}")
+            to_pil(image).save(path)
+    print(f"{len(images)} images: {relative(out)}")

@@ -10,11 +10,9 @@ if __name__ == "__main__":
     launch("evaluate")
 
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
@@ -25,44 +23,47 @@ from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.density_module import DensityModule
-from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, step_work, take_threads
-from pixelcnn_lit.runs.run_dir import plain_name, run_dir, shown
-from pixelcnn_lit.scoring.bayes import class_log_likelihoods, marginal, posterior, score
+from pixelcnn_lit.runs.run_dir import plain_name, relative, run_dir
+from pixelcnn_lit.scoring.bayes import class_log_likelihoods, class_prior, marginal, posterior, score
+from pixelcnn_lit.scoring.plots import show_histogram
 from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_threads
 
 
 def main(
     ckpt: str,
-    task: Literal["bpd", "classify", "novelty"],
+    task: Literal["bpd", "classify", "ood"],
     split: Literal["train", "validation", "test"],
     n_images: Annotated[int, Range(1)] | None,
     dataset: dict[str, Any],
     trainer: dict[str, Any],
     threads: Threads,
-    beside: dict[str, Any] | None = None,
+    ood: dict[str, Any] | None = None,
 ) -> None:
     take_threads(threads)
-    if (task == "novelty") != (beside is not None):
-        raise UserError("task=novelty and dataset@beside=NAME go together; type both")
+    if (task == "ood") != (ood is not None):
+        raise UserError("task=ood and dataset@ood=NAME go together; type both")
     model = load(ckpt)
     data = saved_or_given(ckpt, model.settings, dataset, compared=[split])
-    data.test = chosen(getattr(data, split), n_images)  # so that Lightning asks for it, process by process
-    head = {"label": data.label, "split": split, "images": len(data.test), "checkpoint": ckpt}
+    images = chosen(getattr(data, split), n_images)
+    head = {"label": data.label, "split": split, "images": len(images), "checkpoint": ckpt}
     if task == "bpd":
-        figures = bits_per_dimension(model, data, split, trainer, threads)
+        figures = bits_per_dimension(model, data.tested_on(images), split, trainer, threads)
     else:
+        if not model.conditional:
+            raise UserError("task: this model knows no classes; type task=bpd, or train one with conditional=true")
         model.to("cpu" if trainer["accelerator"] == "cpu" else best_device())
         say_threads(model.device, take_threads(threads, step_work(model, model.image_shape, data.batch_size)))
-        figures = classify(model, data, split) if beside is None else novelty(model, data, image_data(beside))
+        figures = classify(model, data, images, split) if ood is None else novelty(model, data, images, ood)
     if figures is None:
         return
-    write_text(run_dir() / "evaluation.json", json.dumps(head | figures, indent=2))
-    print(shown(run_dir() / "evaluation.json"))
+    atomic_write_text(run_dir() / "evaluation.json", json.dumps(head | figures, indent=2))
+    print(relative(run_dir() / "evaluation.json"))
 
 
 def chosen(split: Split, n_images: int | None) -> Split:
-    """So many images, always the same ones, of all classes: files often hold class after class."""
+    """Return so many images, always the same ones, of all classes: files often hold class after class."""
     if n_images is None:
         return split
     return split[torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:n_images]]
@@ -71,7 +72,7 @@ def chosen(split: Split, n_images: int | None) -> Split:
 def bits_per_dimension(
     model: Density, data: ImageData, split: str, trainer: dict[str, Any], threads: int | None
 ) -> dict[str, Any] | None:
-    """Of the images in data.test, which are of `split`, overall and per class; None in all processes but the first."""
+    """Score the test images of `data`, overall and per class. Returns None in all processes but the first."""
     scorer = make_trainer(trainer, logger=False, enable_checkpointing=False)
     require_batches(scorer, "test", len(data.test), data.batch_size)
     settle_threads(scorer, threads, step_work(model, model.image_shape, data.batch_size))
@@ -90,54 +91,37 @@ def bits_per_dimension(
     return {**figures, "uniform_bpd": uniform, "bpd_per_class": per_class}
 
 
-def classify(model: Density, data: ImageData, split: str) -> dict[str, Any]:
-    """The images in data.test, which are of `split`, by Bayes' rule. The prior: how often a class is trained on."""
+def classify(model: Density, data: ImageData, images: Split, split: str) -> dict[str, Any]:
+    """Tell the classes of images, which are of `split`, by Bayes' rule. The prior: how often a class is trained on."""
     if model.num_classes < 2:
         raise UserError("task=classify: this model knows one class, and there is none to tell it from; type task=bpd")
-    given, prior = given_each_class(model, data, data), class_prior(data)
-    scores = score(posterior(given, prior), data.test.y)
-    print(f"{data.label}, {split} split, {len(data.test)} images")
+    given = class_log_likelihoods(model, images.x, data.batch_size)
+    scores = score(posterior(given, class_prior(data.train.y, model.num_classes)), images.y)
+    print(f"{data.label}, {split} split, {len(images)} images")
     for name, value in scores._asdict().items():
         print(f"{name:>17}  {value:.4f}")
     return scores._asdict()
 
 
-def novelty(model: Density, data: ImageData, other: ImageData) -> dict[str, Any]:
-    """log p(x) of the images in data.test beside as many test images of another dataset, as a histogram, too."""
+def novelty(model: Density, data: ImageData, images: Split, ood: dict[str, Any]) -> dict[str, Any]:
+    """Compare log p(x) of images and of as many test images of another dataset, in a histogram, too."""
+    other = image_data(ood)
     other.setup()
     here, there = (f"{data.facts['image_shape']} of {data.levels} levels" for data in (data, other))
     if here != there:
-        raise UserError(f"dataset@beside: images {there}, the model is of {here}; type another, or beside.resize=...")
-    other.test = chosen(other.test, len(data.test))
-    prior = class_prior(data)
-    own, new = (-bits(marginal(given_each_class(model, data, d), prior) / model.dims) for d in (data, other))
+        raise UserError(f"dataset@ood: images {there}, the model is of {here}; type another, or ood.resize=...")
+    prior = class_prior(data.train.y, model.num_classes)
+
+    def bpd(x: Tensor) -> Tensor:
+        given = class_log_likelihoods(model, x, data.batch_size)
+        return -bits(marginal(given, prior) / model.dims)
+
+    own = bpd(images.x)
+    new = bpd(chosen(other.test, len(images)).x)
     is_new = torch.arange(len(own) + len(new)) >= len(own)
     told_apart = float(binary_auroc(torch.cat([own, new]), is_new.int()))
     names = [plain_name(d.title) for d in (data, other)]
-    path = histogram(dict(zip(names, (own, new), strict=True)), run_dir() / "novelty.png")
-    print(f"{names[0]} {own.mean():.4f} bpd, {names[1]} {new.mean():.4f} bpd: {shown(path)}")
+    path = show_histogram(dict(zip(names, (own, new), strict=True)), run_dir() / "ood.png")
+    print(f"{names[0]} {own.mean():.4f} bpd, {names[1]} {new.mean():.4f} bpd: {relative(path)}")
     print(f"of two images, one of each, that of {names[1]} is the less likely in {told_apart:.2%}")
-    return {"bpd": float(own.mean()), "bpd_beside": float(new.mean()), "beside": other.label, "auroc": told_apart}
-
-
-def given_each_class(model: Density, data: ImageData, of: ImageData) -> Tensor:
-    if not model.conditional:
-        raise UserError("task: this model knows no classes; type task=bpd, or train one with conditional=true")
-    return class_log_likelihoods(model, of.test.x, data.batch_size)
-
-
-def class_prior(data: ImageData) -> Tensor:
-    """How often each class is trained on."""
-    return torch.bincount(data.train.y, minlength=len(data.class_names)).double() / len(data.train)
-
-
-def histogram(bpd: dict[str, Tensor], path: Path) -> Path:
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
-    edges = torch.histogram(torch.cat(list(bpd.values())), 60).bin_edges.tolist()
-    for name, values in bpd.items():
-        axes.hist(values, edges, alpha=0.6, label=name)
-    axes.set(xlabel="bits per dimension of a test image", ylabel="images")
-    axes.legend()
-    figure.savefig(path)
-    return path
+    return {"bpd": float(own.mean()), "bpd_ood": float(new.mean()), "ood": other.label, "auroc": told_apart}

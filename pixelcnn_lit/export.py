@@ -13,7 +13,7 @@ from pixelcnn_lit.checkpoints.safetensors import write_weights
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.machine import Threads, take_threads
-from pixelcnn_lit.runs.run_dir import plain_name, shown
+from pixelcnn_lit.runs.run_dir import plain_name, relative
 
 
 def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"], threads: Threads) -> None:
@@ -34,4 +34,4 @@ def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"], thre
     )
     write_weights(Path(out), quantize(model.state_dict(), dtype, hidden), model.settings | {"dataset": dataset})
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters in {Path(out).stat().st_size:,} bytes"
-    print(f"{size}, of {model.label}: {shown(out)}")
+    print(f"{size}, of {model.label}: {relative(out)}")

@@ -11,11 +11,9 @@ if __name__ == "__main__":
 
 import json
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from matplotlib.figure import Figure
 
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
@@ -23,11 +21,11 @@ from pixelcnn_lit.data.datamodule import ImageData, saved_or_given
 from pixelcnn_lit.data.pictures import grid, save
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.classifier_module import load_classifier
-from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, step_work, take_threads
-from pixelcnn_lit.runs.run_dir import run_dir, shown
-from pixelcnn_lit.scoring.plots import show_confusion
-from pixelcnn_lit.scoring.samples import Verdict, nearest, read, verdict
+from pixelcnn_lit.runs.run_dir import relative, run_dir
+from pixelcnn_lit.scoring.plots import show_confusion, show_curve
+from pixelcnn_lit.scoring.samples import SampleScores, nearest, read, verdict
 
 SHOWN = 4  # samples a class, each beside the training image that is nearest to it
 REAL = "real test images"
@@ -84,34 +82,15 @@ def main(
     head = {"ckpt": ckpt, "classifier_ckpt": classifier_ckpt, "label": data.label, "n_compared": n}
     report(verdicts, head)
     if len(points) > 1:
-        print(shown(curve(points, verdicts, run_dir() / "curve.png")))
+        print(relative(show_curve(points, verdicts, REAL, run_dir() / "curve.png")))
 
 
-def report(verdicts: dict[str, Verdict], head: dict[str, Any]) -> None:
+def report(verdicts: dict[str, SampleScores], head: dict[str, Any]) -> None:
     columns = ("consistency", "frechet", "kernel", "diversity")
     print(f"{head['label']}, distances of {head['n_compared']} images a class")
     print(f"{'':>28}" + "".join(f"{column:>13}" for column in columns))
     for name, own in verdicts.items():
         print(f"{name:>28}" + "".join(f"{getattr(own, column):>13.4f}" for column in columns))
     rows = {name: own._asdict() | {"confusion": own.confusion.tolist()} for name, own in verdicts.items()}
-    write_text(run_dir() / "judge.json", json.dumps(head | {"verdicts": rows}, indent=2))
-    print(*(shown(run_dir() / name) for name in ("judge.json", "confusion.png", "nearest.png")), sep="\n")
-
-
-def curve(points: dict[str, dict[str, Any]], verdicts: dict[str, Verdict], path: Path) -> Path:
-    """Consistency over diversity: a line of temperatures for each guidance scale, and a star for real images."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for scale in dict.fromkeys(point["guidance_scale"] for point in points.values()):
-        line = [(verdicts[name], point) for name, point in points.items() if point["guidance_scale"] == scale]
-        x, y = [own.diversity for own, _ in line], [own.consistency for own, _ in line]
-        axes.plot(x, y, "o-", label=f"guidance {scale:g}")
-        for own, point in line:
-            where = own.diversity, own.consistency
-            axes.annotate(f"{point['temperature']:g}", where, textcoords="offset points", xytext=(6, 4))
-    axes.plot(verdicts[REAL].diversity, verdicts[REAL].consistency, "k*", label=REAL)
-    axes.set(xlabel="diversity: mean distance of two images of a class", ylabel="consistency")
-    axes.margins(0.1)
-    axes.legend(title="beside a point: its temperature")
-    figure.savefig(path)
-    return path
+    atomic_write_text(run_dir() / "judge.json", json.dumps(head | {"verdicts": rows}, indent=2))
+    print(*(relative(run_dir() / name) for name in ("judge.json", "confusion.png", "nearest.png")), sep="\n")

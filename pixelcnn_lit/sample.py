@@ -17,7 +17,7 @@ from pixelcnn_lit.data.pictures import animate, grid, save
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.runs.pace import Pace
-from pixelcnn_lit.runs.run_dir import run_dir, shown
+from pixelcnn_lit.runs.run_dir import relative, run_dir
 
 FRAMES = 60
 
@@ -41,7 +41,8 @@ def main(
     pixels, labels = images.flatten(0, 1).permute(0, 2, 3, 1), np.repeat(asked, images.shape[1])
     np.savez(directory / "samples.npz", images=pixels.numpy(), labels=labels)
     print(
-        f"{len(pixels)} images of classes {asked}{pace}: {shown(directory / 'samples.png')} and samples.npz beside it"
+        f"{len(pixels)} images of classes {asked}{pace}: "
+        f"{relative(directory / 'samples.png')} and samples.npz beside it"
     )
 
 

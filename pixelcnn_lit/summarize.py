@@ -67,7 +67,7 @@ def _reason(job: Path) -> str:
     return (
         error.read_text(encoding="utf-8").strip()
         if error.is_file()
-        else "it left neither result.json nor error.txt: cut off, or running"
+        else "it left neither result.json nor error.txt: interrupted, or running"
     )
 
 

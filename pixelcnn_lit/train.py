@@ -19,19 +19,23 @@ from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.machine import Threads, take_threads
-from pixelcnn_lit.runs.run_dir import shown
+from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.signals import Stopped
-from pixelcnn_lit.training.fit import fit, start_or_go_on, write_result
+from pixelcnn_lit.training.fit import fit, write_result
+from pixelcnn_lit.training.run import Run, completed, open_run
 from pixelcnn_lit.training.sample_grid import SampleGrid
 
 
 def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
-    start_or_go_on(train, ckpt, skip_completed, settings)
+    if skip_completed and completed():
+        return
+    with open_run(ckpt, settings, or_anew=skip_completed) as run:
+        check("", train, run.settings, known=["run"])
+        train(run, **run.settings)
 
 
 def train(
-    directory: Path,
-    start: Path | None,
+    run: Run,
     dataset: dict[str, Any],
     sampler: dict[str, Any],  # read by callbacks.samples
     trainer: dict[str, Any],
@@ -47,7 +51,7 @@ def train(
     label_dropout: Annotated[float, Range(0, 1)] = 0.0,
     **own: Any,  # of DensityModule
 ) -> None:
-    """Fit in `directory`, from the checkpoint `start` on if there is one; test the best weights; leave result.json."""
+    """Fit in the run's directory, test the best weights, and leave result.json."""
     take_threads(threads)  # weights are drawn on as many, whatever training takes
     data = image_data(dataset, seed)
     data.setup()
@@ -57,9 +61,9 @@ def train(
     check("", DensityModule, training, known=["density"])
     density = Density(**data.facts, label=data.label, dataset=dataset, **parts)
     module = DensityModule(density, **training)
-    compared = {"seed": seed, "dataset": dataset, **parts, **training, "trainer": trainer}
-    beside = {"sampler": sampler, "callbacks": callbacks, "overrides": overrides, "threads": threads}
-    fitted = fit(directory, start, module, data, compared, beside)
+    hparams = {"seed": seed, "dataset": dataset, **parts, **training, "trainer": trainer}
+    extra_config = {"sampler": sampler, "callbacks": callbacks, "overrides": overrides, "threads": threads}
+    fitted = fit(run, module, data, hparams, extra_config)
     best, fitter = DensityModule(load(fitted.best_checkpoint)), fitted.trainer
     n_params = sum(p.numel() for p in best.parameters())  # counted before FSDP spreads them over the cards
     fitter.test(best, data, verbose=False)
@@ -71,12 +75,12 @@ def train(
             "n_params": n_params,
             "overrides": overrides,
         }
-        write_result(directory, result, fitted.stopwatch)  # before drawing, which takes its time
+        write_result(run.directory, result, fitted.throughput)  # before drawing, which takes its time
         grids = []
         drawn_from = load(fitted.best_checkpoint)
         with suppress(Stopped):  # all else is done: the run ends by itself
             grids = [grid.draw(fitter, drawn_from) for grid in fitted.extras if isinstance(grid, SampleGrid)]
-        print(closing_lines(write_result(directory, result, fitted.stopwatch), directory, grids))
+        print(closing_lines(write_result(run.directory, result, fitted.throughput), run.directory, grids))
 
 
 def closing_lines(result: dict[str, Any], directory: Path, grids: list[Path]) -> str:
@@ -86,8 +90,8 @@ def closing_lines(result: dict[str, Any], directory: Path, grids: list[Path]) ->
         f"on {result['val/images']} and {result['test/images']} images (a uniform model: {result['uniform_bpd']:.4f})",
         f"{result['n_params']:,} parameters, {result['images_per_second']:.0f} training images/s, "
         f"{result['seconds']:.0f} s in all",
-        f"best checkpoint: {shown(result['checkpoint'])}",
-        *(f"its samples:     {shown(path)}" for path in grids),
-        f"look at it:      {shlex.join(['tensorboard', '--logdir', shown(directory)])}",
+        f"best checkpoint: {relative(result['checkpoint'])}",
+        *(f"its samples:     {relative(path)}" for path in grids),
+        f"look at it:      {shlex.join(['tensorboard', '--logdir', relative(directory)])}",
     ]
     return "\n".join(lines)

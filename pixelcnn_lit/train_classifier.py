@@ -20,18 +20,22 @@ from pixelcnn_lit.data.images import channel_statistics
 from pixelcnn_lit.lit.classifier_module import ClassifierModule, load_classifier
 from pixelcnn_lit.lit.metrics import per_class
 from pixelcnn_lit.runs.machine import Threads, take_threads
-from pixelcnn_lit.runs.run_dir import shown
+from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.scoring.plots import show_confusion
-from pixelcnn_lit.training.fit import fit, start_or_go_on, write_result
+from pixelcnn_lit.training.fit import fit, write_result
+from pixelcnn_lit.training.run import Run, completed, open_run
 
 
 def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
-    start_or_go_on(train, ckpt, skip_completed, settings)
+    if skip_completed and completed():
+        return
+    with open_run(ckpt, settings, or_anew=skip_completed) as run:
+        check("", train, run.settings, known=["run"])
+        train(run, **run.settings)
 
 
 def train(
-    directory: Path,
-    start: Path | None,
+    run: Run,
     dataset: dict[str, Any],
     trainer: dict[str, Any],
     callbacks: dict[str, Any],
@@ -40,7 +44,7 @@ def train(
     threads: Threads = None,
     **settings: Any,  # of ClassifierModule
 ) -> None:
-    """Fit in `directory`, from the checkpoint `start` on if there is one; test the best weights; leave result.json."""
+    """Fit in the run's directory, test the best weights, and leave result.json."""
     take_threads(threads)  # weights are drawn on as many, whatever training takes
     data = image_data(dataset, seed)
     data.setup()
@@ -51,12 +55,12 @@ def train(
     facts = {**data.facts, "label": data.label, "dataset": dataset, "mean": mean, "std": std}
     check("", ClassifierModule, settings, known=facts)
     classifier = ClassifierModule(**facts, **settings)
-    if start is None and hasattr(classifier.net, "load_pretrained"):
+    if run.start is None and hasattr(classifier.net, "load_pretrained"):
         classifier.net.load_pretrained()
     rank_zero_only(print)(summarize(classifier, max_depth=3))
-    compared = {"seed": seed, "dataset": dataset, **settings, "trainer": trainer}
-    beside = {"callbacks": callbacks, "overrides": overrides, "threads": threads}
-    fitted = fit(directory, start, classifier, data, compared, beside)
+    hparams = {"seed": seed, "dataset": dataset, **settings, "trainer": trainer}
+    extra_config = {"callbacks": callbacks, "overrides": overrides, "threads": threads}
+    fitted = fit(run, classifier, data, hparams, extra_config)
     best, fitter = load_classifier(fitted.best_checkpoint), fitted.trainer
     fitter.test(best, data, verbose=False)
     if not fitter.is_global_zero:
@@ -66,8 +70,8 @@ def train(
         "n_params": sum(p.numel() for p in best.parameters()),
         "overrides": overrides,
     }
-    picture = show_confusion(best.counted, data.class_names, directory / "confusion.png", fitter)
-    print(closing_lines(write_result(directory, result, fitted.stopwatch), directory, picture))
+    picture = show_confusion(best.counted, data.class_names, run.directory / "confusion.png", fitter)
+    print(closing_lines(write_result(run.directory, result, fitted.throughput), run.directory, picture))
 
 
 def closing_lines(result: dict[str, Any], directory: Path, picture: Path) -> str:
@@ -78,7 +82,7 @@ def closing_lines(result: dict[str, Any], directory: Path, picture: Path) -> str
         f"on {result['val/images']} and {result['test/images']} images",
         f"{result['n_params']:,} parameters, {result['images_per_second']:.0f} training images/s, "
         f"{result['seconds']:.0f} s in all",
-        f"best checkpoint: {shown(result['checkpoint'])}",
-        f"confusions:      {shown(picture)}",
-        f"look at it:      {shlex.join(['tensorboard', '--logdir', shown(directory)])}",
+        f"best checkpoint: {relative(result['checkpoint'])}",
+        f"confusions:      {relative(picture)}",
+        f"look at it:      {shlex.join(['tensorboard', '--logdir', relative(directory)])}",
     ])  # fmt: skip

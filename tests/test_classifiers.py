@@ -16,11 +16,11 @@ from torch import nn
 from pixelcnn_lit.classifiers.networks import ResidualBlock
 from pixelcnn_lit.config.build import build
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.lit.classifier_module import ClassifierModule, load_classifier
 from pixelcnn_lit.density.load import load
+from pixelcnn_lit.lit.classifier_module import ClassifierModule, load_classifier
 from pixelcnn_lit.runs.command import CONF
 from pixelcnn_lit.scoring.bayes import class_log_likelihoods, marginal, posterior, score
-from pixelcnn_lit.scoring.samples import Read, diversity, frechet_distance, kernel_distance, nearest, read, verdict
+from pixelcnn_lit.scoring.samples import Features, diversity, frechet_distance, kernel_distance, nearest, read, verdict
 
 NAMES = sorted(path.stem for path in (CONF / "classifier").glob("*.yaml"))
 TINY = ["trainer=cpu", "trainer.log_every_n_steps=1", "trainer.precision=32-true", "dataset.num_workers=0"]
@@ -213,7 +213,7 @@ def test_diversity_is_within_classes_and_the_nearest_is_the_nearest():
     features, y = torch.tensor([[0.0], [1.0], [10.0], [14.0]]), torch.tensor([0, 0, 1, 1])
     assert diversity(features, y) == pytest.approx((1 + 4) / 2)
     assert nearest(torch.tensor([[0.9], [13.0]]), features).tolist() == [1, 3]
-    copies = Read(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    copies = Features(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
     assert diversity(copies.features, y) == 0
 
 
@@ -282,16 +282,16 @@ def test_evaluate_classifies(tmp_path, digits):
     assert told["images"] == 20
     assert told["nll"] == pytest.approx(expected.nll, rel=1e-5)
     assert told["accuracy"] == expected.accuracy
-    beside = ["dataset@beside=npz", f"beside.path={tmp_path}/noise.npz"]
+    other = ["dataset@ood=npz", f"ood.path={tmp_path}/noise.npz"]
     save_npz(tmp_path / "noise.npz", (8, 8), 300, 40, classes=10)
-    both = [ckpt, "task=novelty", "n_images=20", *beside]
-    command("evaluate", *both, "beside.levels=17", f"run_dir={tmp_path}/new")
+    both = [ckpt, "task=ood", "n_images=20", *other]
+    command("evaluate", *both, "ood.levels=17", f"run_dir={tmp_path}/new")
     told = json.loads((tmp_path / "new" / "evaluation.json").read_text())
-    assert told["bpd"] < told["bpd_beside"]
+    assert told["bpd"] < told["bpd_ood"]
     assert told["auroc"] > 0.5
-    assert (tmp_path / "new" / "novelty.png").is_file()
+    assert (tmp_path / "new" / "ood.png").is_file()
     said = refused("evaluate", *both, f"run_dir={tmp_path}/levels")
-    assert "dataset@beside: images [1, 8, 8] of 256 levels" in said
-    assert "type both" in refused("evaluate", ckpt, *beside, f"run_dir={tmp_path}/alone")
+    assert "dataset@ood: images [1, 8, 8] of 256 levels" in said
+    assert "type both" in refused("evaluate", ckpt, *other, f"run_dir={tmp_path}/alone")
     ckpt = f"ckpt={tmp_path}/false/checkpoints/best.ckpt"
     assert "knows no classes" in refused("evaluate", ckpt, *asked, f"run_dir={tmp_path}/no")

@@ -176,7 +176,7 @@ def test_other_probabilities_end_in_one_line_wherever_they_show(monkeypatch):
         decompress(model, content, "file=x")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")
 def test_what_goes_in_comes_out_on_a_gpu():
     model = density("pixelcnn", "categorical").cuda()
     assert_comes_back(model, images_of(model, 5), 2)

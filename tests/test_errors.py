@@ -288,12 +288,12 @@ def test_a_class_the_model_does_not_know_is_refused(run, checkpoint):
         ("model.n_residual=3", "model.n_residual is 2 in the run and 3 here"),
         ("seed=3", "seed is 0 in the run and 3 here"),
         ("model_size=small", "model.hidden_channels is 16 in the run and 64 here"),
-        ("~scheduler", "a run goes on with its own settings"),
-        ("callbacks=no_ema", "saved with callbacks=default; type that"),
+        ("~scheduler", "a resumed run keeps its own settings"),
+        ("callbacks=samples", "saved with callbacks=default; type that"),
         ("trainer.max_epochs=abc", "trainer.max_epochs=abc: must be a whole number"),
     ],
 )
-def test_a_run_goes_on_with_its_own_settings_or_not_at_all(run, copy, override, message):
+def test_a_resumed_run_keeps_its_own_settings_or_not_at_all(run, copy, override, message):
     before = {path: path.read_bytes() for path in Path(copy).parent.iterdir()}
     code, err = run("train", f"ckpt={copy}", override)
     assert code == 1
@@ -306,7 +306,7 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(run, copy):
     directory = Path(copy).parent.parent
     code, err = run("train", *TINY, *ONE_STEP, f"run_dir={directory}")
     assert code == 1
-    assert "holds a run; type ckpt=last to go on, or another run_dir" in err
+    assert "holds a run; type ckpt=last to resume, or another run_dir" in err
     code, err = run("train", f"ckpt={copy}", "run_dir=elsewhere")
     assert code == 1
     assert "of another run; leave out run_dir" in err
@@ -316,8 +316,8 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(run, copy):
     assert "config.yaml: damaged" in err
 
 
-def test_settings_of_a_stranger_run_nothing(run, copy):
-    """config.yaml is read when a run goes on."""
+def test_untrusted_settings_run_nothing(run, copy):
+    """config.yaml is read when a run is resumed."""
     directory = Path(copy).parent.parent
     config = (directory / "config.yaml").read_text()
     target = "lightning.pytorch.callbacks.LearningRateMonitor"
@@ -330,7 +330,7 @@ def test_settings_of_a_stranger_run_nothing(run, copy):
 
 
 @pytest.mark.parametrize("key", ["dirpath", "exclude_batches_path", "save_dir", "filename"])
-def test_settings_of_a_stranger_write_nothing_elsewhere(run, copy, tmp_path, key):
+def test_untrusted_settings_write_nothing_elsewhere(run, copy, tmp_path, key):
     directory = Path(copy).parent.parent
     settings = OmegaConf.load(directory / "config.yaml")
     settings.callbacks.last[key] = f"{tmp_path}/elsewhere"

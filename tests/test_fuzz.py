@@ -85,7 +85,9 @@ def model() -> Density:
 
 def same_model(a: Density, b: Density) -> bool:
     weights = b.state_dict()
-    return a.settings["model"] == b.settings["model"] and all(torch.equal(v, weights[k]) for k, v in a.state_dict().items())
+    return a.settings["model"] == b.settings["model"] and all(
+        torch.equal(v, weights[k]) for k, v in a.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
@@ -171,7 +173,7 @@ def test_damaged_idx_files_are_refused_or_renewed_from_their_archive(small_mnist
         (("levels",), 10**9),
     ],
 )
-def test_a_stranger_cannot_ask_for_all_memory_or_time(tmp_path, model, where, value):
+def test_an_untrusted_file_cannot_ask_for_all_memory_or_time(tmp_path, model, where, value):
     settings = copy.deepcopy(model.settings)
     inner = settings
     for key in where[:-1]:
@@ -195,7 +197,7 @@ INT8, ONES = torch.ones(3, 1, dtype=torch.int8), torch.ones(3, 1)
         (ONES, ONES),
     ],
 )
-def test_scales_that_a_stranger_chose_are_refused(weight, scale):
+def test_untrusted_scales_are_refused(weight, scale):
     with pytest.raises((ValueError, TypeError)):
         dequantize({"w": weight, f"w{SCALE}": scale})
 

@@ -126,7 +126,7 @@ def test_law_9_a_signal_at_any_moment_ends_in_a_saved_run_or_in_its_own_end(tmp_
 @pytest.mark.parametrize(
     "signum", [signal.SIGINT, *(pytest.param(signum, marks=pytest.mark.long) for signum in SIGNUMS[1:])]
 )
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, start, whole, signum):
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, start, whole, signum):
     settings = [*RUN, "callbacks.last.every_n_steps=null", "dataset.num_workers=2"]
     process = start(tmp_path, "train", "run_dir=run", *settings)
     process.wait_until((tmp_path / "run" / "checkpoints" / "best.ckpt").is_file)
@@ -134,7 +134,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, start, whole, signum):
     assert process.wait(60) == 128 + signum
     assert "Traceback" not in process.output()
     assert process.output().splitlines()[-1] == (
-        "stopped; to go on, type: python -m pixelcnn_lit.train run_dir=run ckpt=last"
+        "stopped; to resume, type: python -m pixelcnn_lit.train run_dir=run ckpt=last"
     )
     assert start(tmp_path, "train", "run_dir=run", "ckpt=last").wait(120) == 0
     assert_same_end(tmp_path / "run", whole)
@@ -174,7 +174,7 @@ def test_a_requeue_that_fails_is_told_in_one_line_and_all_is_saved(tmp_path, sta
     process.signal(signal.SIGUSR1)
     assert process.wait(60) == 138
     assert "scontrol requeue 77: failed (" in process.output()
-    assert process.output().splitlines()[-1].startswith("stopped; to go on, type: ")
+    assert process.output().splitlines()[-1].startswith("stopped; to resume, type: ")
 
 
 def test_a_second_ctrl_c_ends_the_program_at_once(tmp_path, start):

@@ -131,7 +131,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(place, children):
     assert second.wait(60) == 0
     assert "stopped" not in second.output()
     assert "Traceback" not in first.output()
-    assert first.output().splitlines()[-1].startswith("stopped; to go on, type:")
+    assert first.output().splitlines()[-1].startswith("stopped; to resume, type:")
     run(place, "train", *DDP, "run_dir=cut", "ckpt=last")
     assert_same_weights(place / "whole", place / "cut")
 
@@ -139,7 +139,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(place, children):
 @pytest.mark.parametrize("asked", [0, 1])
 def test_one_of_two_tasks_gets_sigusr1_in_a_validation_and_the_first_requeues_the_job(place, children, tmp_path, asked):
     """Epochs are of two steps, and nearly all of the time is validation."""
-    settings = [*RUN, *DDP, "dataset.validation_fraction=0.9", "trainer.max_epochs=30", "callbacks=no_ema"]
+    settings = [*RUN, *DDP, "dataset.validation_fraction=0.9", "trainer.max_epochs=30", "callbacks=samples"]
     settings += ["callbacks.samples.every_n_epochs=0", f"dataset.path={place}/x.npz", "run_dir=run"]
     both = tasks(children, tmp_path, "train", *settings, environment=lambda n: slurm(tmp_path, 2, n))
     both[0].wait_until((tmp_path / "run" / "checkpoints" / "best.ckpt").is_file)

@@ -15,7 +15,14 @@ from pixelcnn_lit.runs.saved import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
+
+
+def name_of(experiment: Path) -> str:
+    """What is typed for it: mnist/race/pixelcnn."""
+    return experiment.relative_to(CONF / "experiment").with_suffix("").as_posix()
+
+
+EXPERIMENTS = sorted((CONF / "experiment").rglob("*.yaml"))
 
 
 def commands(text: str) -> list[str]:
@@ -49,11 +56,11 @@ def test_every_command_that_we_show_composes(command):
             compose(name, list(job))
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_an_experiment_opens_with_its_own_command(path):
     first, second = path.read_text(encoding="utf-8").splitlines()[:2]
     assert first == "# @package _global_"
-    assert second.startswith(f"# python -m pixelcnn_lit.train experiment={path.stem}")
+    assert second.startswith(f"# python -m pixelcnn_lit.train experiment={name_of(path)}")
 
 
 # Files that the README shows: their path between backticks, a colon, the file.

@@ -1,4 +1,4 @@
-"""Law 7: a run that was cut off and went on ends bit for bit like one that never was."""
+"""Law 7: a run that was interrupted and resumed ends bit for bit like one that never was."""
 
 import itertools
 import json
@@ -21,8 +21,8 @@ from pixelcnn_lit.checkpoints.read import read_checkpoint
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.run_dir import new_dir
-from pixelcnn_lit.runs.saved import alone_in
-from pixelcnn_lit.training.resume import Streams
+from pixelcnn_lit.runs.saved import lock
+from pixelcnn_lit.training.resume import SeedEveryStep
 
 # 5 batches an epoch, 3 epochs, dropout, workers, an average of the weights: all that has a state.
 RUN = [
@@ -87,7 +87,7 @@ def curves(directory: Path) -> dict:
 
 VARIANTS = {
     "plain": [],
-    "plateau": [*PLATEAU, "callbacks=no_ema", "model.norm=batch"],
+    "plateau": [*PLATEAU, "callbacks=samples", "model.norm=batch"],
     "workers": ["dataset.num_workers=2"],
     "accumulated": ["trainer.accumulate_grad_batches=2"],
     "two validations an epoch": ["trainer.val_check_interval=2"],
@@ -216,7 +216,7 @@ def test_a_run_goes_on_from_the_path_of_its_checkpoint_alone(tmp_path, whole, mo
 
 
 def test_another_choice_changes_what_differs_from_the_first_and_no_more(cut):
-    train(cut, "ckpt=last", "trainer=auto", "trainer.accelerator=cpu", "callbacks=no_ema", "callbacks=default")
+    train(cut, "ckpt=last", "trainer=auto", "trainer.accelerator=cpu", "callbacks=samples", "callbacks=default")
     settings = OmegaConf.load(cut / "config.yaml")
     assert settings.trainer.limit_train_batches == 5
     assert settings.trainer.accelerator == "cpu"
@@ -232,7 +232,7 @@ def test_a_shorter_run_than_before_reports_the_score_of_the_weights_it_kept(fini
 
 MISTAKES = [
     *("trainer.limit_train_batches=0.0001", "trainer.val_check_interval=100", "trainer.limit_test_batches=0"),
-    *("~trainer", "~callbacks", "callbacks.ema=null", "trainer.precision=bf17", "callbacks=no_ema"),
+    *("~trainer", "~callbacks", "callbacks.ema=null", "trainer.precision=bf17", "callbacks=samples"),
 ]
 
 
@@ -246,7 +246,7 @@ def test_a_mistake_when_going_on_costs_a_finished_run_nothing(finished):
 
 
 def test_two_processes_do_not_share_a_run_directory(cut):
-    with alone_in(cut):
+    with lock(cut):
         assert "another process trains there" in refused("train", f"run_dir={cut}", "ckpt=last")
     train(cut, "ckpt=last")
 
@@ -267,7 +267,7 @@ def test_links_on_the_way_to_a_checkpoint_are_followed(tmp_path, cut):
     assert (cut / "result.json").is_file()
 
 
-def test_a_checkpoint_of_a_stranger_removes_nothing_outside(tmp_path, cut):
+def test_an_untrusted_checkpoint_removes_nothing_outside(tmp_path, cut):
     victim = tmp_path / "victim"
     (victim / "sub").mkdir(parents=True)
     last = cut / "checkpoints" / "last.ckpt"
@@ -353,7 +353,7 @@ def test_each_step_and_process_draws_its_own_numbers():
     for seed, epoch, batch, rank in itertools.product((0, 1), repeat=4):
         trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank)
         for _ in range(2):
-            Streams(seed).on_train_batch_start(trainer, None, None, batch)
+            SeedEveryStep(seed).on_train_batch_start(trainer, None, None, batch)
             drawn.add((float(torch.rand(1)), np.random.rand(), random.random()))  # noqa: NPY002
     assert len(drawn) == 16
 
@@ -387,9 +387,11 @@ def test_a_run_that_leaves_the_numbers_stops_and_keeps_what_was_good(tmp_path, c
 
 
 def test_runs_started_in_the_same_second_get_directories_of_their_own(tmp_path):
-    made = [new_dir(str(tmp_path)) for _ in range(20)]
-    assert len(set(made)) == 20
-    assert all(Path(path).is_dir() for path in made)
+    for n in range(20):
+        named = Path(new_dir(str(tmp_path)))
+        assert len(list(tmp_path.iterdir())) == n  # the name alone: the command makes it
+        named.mkdir()
+        assert f"_{os.getpid()}" in named.name  # other processes have other numbers
 
 
 def test_what_a_killed_run_left_unfinished_is_swept_away(cut):

@@ -319,7 +319,7 @@ def test_bf16_draws_almost_the_same_images_and_leaves_the_network_alone(network)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_law_5_on_a_gpu_where_steps_are_replayed(network):
     model = make(network, "categorical", SHAPE, levels=17, num_classes=4)

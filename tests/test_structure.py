@@ -16,7 +16,8 @@ COMMANDS = [path.stem for path in CONF.glob("*.yaml") if (ROOT / "pixelcnn_lit" 
 # From the ground up: a folder imports those of lower floors alone. Commands stand on the roof: nobody imports them.
 FLOORS = (
     ("nn", "config"),
-    ("models", "likelihoods", "optim", "classifiers", "runs"),
+    ("runs",),
+    ("models", "likelihoods", "optim", "classifiers"),
     ("samplers", "checkpoints"),
     ("density",),
     ("data",),
@@ -96,7 +97,7 @@ def test_the_picture_in_the_readme_is_the_import_graph():
 def test_the_baseline_is_the_published_one():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for dataset in ("cifar10", "mnist"):
-            cfg = compose("train", [f"experiment=baseline_{dataset}"])
+            cfg = compose("train", [f"experiment={dataset}/baseline"])
             assert (cfg.model.hidden_channels, cfg.model.n_residual, cfg.model.norm) == (256, 15, "batch")
             assert cfg.model.embedding.width == 0
             assert cfg.likelihood.colour == "independent"
@@ -112,7 +113,7 @@ def test_the_baseline_is_the_published_one():
 
 def test_the_published_recipe_of_the_race_has_nothing_of_ours():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", ["experiment=mnist_race_published"])
+        cfg = compose("train", ["experiment=mnist/race/published"])
     assert (cfg.model.norm, cfg.model.embedding.width, cfg.model.dropout) == ("batch", 0, 0.0)
     assert (cfg.likelihood.colour, cfg.likelihood.ordinal, cfg.get("scheduler")) == ("independent", False, None)
     assert cfg.optimizer._target_.endswith(".Adam")
@@ -127,7 +128,7 @@ def test_model_sizes_set_two_numbers_and_nothing_else():
 def test_a_run_on_the_digits_is_short_and_no_other_dataset_has_a_recipe():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         epochs = {name: compose("train", [f"dataset={name}", *path]).trainer.max_epochs for name, path in DATASETS}
-        assert compose("train", ["experiment=mnist_race", "dataset=digits"]).trainer.max_epochs == -1
+        assert compose("train", ["experiment=mnist/race/pixelcnn", "dataset=digits"]).trainer.max_epochs == -1
         assert compose("train", ["trainer.max_epochs=3"]).trainer.max_epochs == 3
     assert epochs == {name: 7 if name == "digits" else 30 for name in epochs}
     assert [path.name for path in (CONF / "recipe").iterdir()] == ["digits.yaml"]

@@ -30,11 +30,11 @@ from pixelcnn_lit.config.build import check
 from pixelcnn_lit.config.errors import explain
 from pixelcnn_lit.config.quoting import setting
 from pixelcnn_lit.runs import launch
-from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.command import CONF
 from pixelcnn_lit.runs.run_dir import run_dir
 from pixelcnn_lit.runs.terminal import progress
-from pixelcnn_lit.training import fit as fitting
+from pixelcnn_lit.training import run as training_run
 from pixelcnn_lit.training.sample_grid import SampleGrid
 
 ODD = " \t'\"\\$ `!#&()*,;:<=>?@[]^{|}~%+-./é日${${b}a3"
@@ -98,16 +98,16 @@ def test_a_setting_that_needs_no_quotes_has_none():
 def test_every_command_that_is_printed_can_be_pasted_into_a_shell(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     hydra_config = SimpleNamespace(job=SimpleNamespace(config_name="train"))
-    monkeypatch.setattr(fitting.HydraConfig, "get", lambda: hydra_config)
-    monkeypatch.setattr(fitting, "last_checkpoint", lambda directory: Path(__file__))
+    monkeypatch.setattr(training_run.HydraConfig, "get", lambda: hydra_config)
+    monkeypatch.setattr(training_run, "last_checkpoint", lambda directory: Path(__file__))
     figures = ("val/bpd", "test/bpd", "uniform_bpd", "images_per_second", "seconds", "val/accuracy", "test/accuracy")
     result = dict.fromkeys((*figures, "val/images", "test/images", "n_params"), 1)
     result |= {"label": "x", "checkpoint": "y", "test/accuracy_per_class": {"a": 1.0}}
     names, lines = [name for name in NASTY if not name.isspace()], []
     for name in names:
         directory = tmp_path / name
-        fitting.say_how_to_go_on(directory)
-        lines.append(capsys.readouterr().out.partition("to go on, type: ")[2])
+        training_run.print_resume_command(directory)
+        lines.append(capsys.readouterr().out.partition("to resume, type: ")[2])
         for closing in (
             train.closing_lines(result, directory, []),
             train_classifier.closing_lines(result, directory, directory),
@@ -137,17 +137,17 @@ def test_directories_of_any_name_do_for_whatever_is_read_or_written(tmp_path, mo
     command("train", *FEW, *npz, setting("run_dir", run))
     asked = []
 
-    def stopped(directory: Path, start: Path, **settings: dict) -> None:
-        asked.append((directory, start.absolute(), settings["dataset"]["path"]))
-        raise fitting.Stopped(15)
+    def stopped(run: training_run.Run, **settings: dict) -> None:
+        asked.append((run.directory, run.start.absolute(), settings["dataset"]["path"]))
+        raise training_run.Stopped(15)
 
     monkeypatch.setattr(train, "train", stopped)
     capsys.readouterr()
     again = ""
     for typed in ([ckpt, npz[0], npz[1].replace("x.npz", "y.npz")], [], [setting("ckpt", run)]):
-        with pytest.raises(fitting.Stopped):
+        with pytest.raises(training_run.Stopped):
             command("train", *(typed or pasted([again])[0][2:]))
-        again = capsys.readouterr().out.partition("to go on, type: ")[2]
+        again = capsys.readouterr().out.partition("to resume, type: ")[2]
     starts = [Path(run, "checkpoints", f"{name}.ckpt").absolute() for name in ("best", "last", "last")]
     paths = [f"{WORST}/{name}.npz" for name in ("y", "x", "x")]
     assert asked == [(Path(run).absolute(), *each) for each in zip(starts, paths, strict=True)]
@@ -234,7 +234,7 @@ def test_a_home_directory_is_expanded_wherever_a_path_is_typed(tmp_path, monkeyp
     saved = OmegaConf.load(home / "run" / "config.yaml")
     assert saved.dataset.path == "~/x.npz"  # another machine may have another home
     ckpt = "ckpt=~/run/checkpoints/best.ckpt"
-    command("evaluate", ckpt, "trainer=cpu", "task=novelty", "dataset@beside=npz", "beside.path=~/x.npz")
+    command("evaluate", ckpt, "trainer=cpu", "task=ood", "dataset@ood=npz", "ood.path=~/x.npz")
     command("complete", ckpt, "image=~/x.png", "label=0", "keep_mask=~/x.png", 'run_dir="~/${n_images} images"')
     assert (home / "8 images" / "completions.png").is_file()
     command("compress", ckpt, "images=~/z.npz", "out=~/z.plc")
@@ -274,9 +274,9 @@ def test_what_an_encoding_cannot_hold_is_replaced(tmp_path, monkeypatch, encodin
 
     monkeypatch.setattr(sys, "stdout", Screen(encoding))
     (tmp_path / "job" / "hydra").mkdir(parents=True)
-    write_text(tmp_path / "job" / "hydra" / "hydra.yaml", "hydra: {job: {config_name: train}}")
-    write_text(tmp_path / "job" / "hydra" / "overrides.yaml", "[]")
-    write_text(tmp_path / "job" / "error.txt", "1×8: no")
+    atomic_write_text(tmp_path / "job" / "hydra" / "hydra.yaml", "hydra: {job: {config_name: train}}")
+    atomic_write_text(tmp_path / "job" / "hydra" / "overrides.yaml", "[]")
+    atomic_write_text(tmp_path / "job" / "error.txt", "1×8: no")
     monkeypatch.setattr(sys, "argv", ["summarize", str(tmp_path)])
     pixelcnn_lit.summarize.main()
     assert "1?8: no" in sys.stdout.text()

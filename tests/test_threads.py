@@ -119,15 +119,19 @@ def work_of(*overrides: str, batch_size: int | None = None) -> float:
     return machine.step_work(model, model.image_shape, batch_size or settings["dataset"]["batch_size"])
 
 
+RECIPES = list((CONF / "experiment").rglob("*.yaml"))
+
+
 def test_recipes_for_a_laptop_step_on_one_thread_and_the_published_size_on_all():
-    laptop = [path.stem for path in (CONF / "experiment").glob("*.yaml") if "trainer: cpu" in path.read_text()]
-    race = [path.stem for path in (CONF / "experiment").glob("mnist_race*.yaml")]
+    recipes = {path.relative_to(CONF / "experiment").with_suffix("").as_posix(): path for path in RECIPES}
+    laptop = [name for name, path in recipes.items() if "trainer: cpu" in path.read_text()]
+    race = [name for name in recipes if name.startswith("mnist/race/")]
     assert len({*laptop, *race}) > 6
     for name in {*laptop, *race}:
         assert work_of(f"experiment={name}") < machine.LARGE, name
     assert work_of() < machine.LARGE
     for dataset in ("cifar10", "mnist"):
-        assert work_of(f"experiment=baseline_{dataset}") >= machine.LARGE
+        assert work_of(f"experiment={dataset}/baseline") >= machine.LARGE
     assert work_of("dataset=cifar10", "model_size=base", batch_size=8) >= machine.LARGE
 
 

@@ -419,7 +419,7 @@ def test_sample_grids_do_not_disturb_training(tmp_path):
 
 
 def test_the_published_block_trains_and_says_that_its_training_loss_is_no_likelihood(tmp_path, capsys):
-    one_run(tmp_path, "model.norm=batch", "optimizer=adam", "scheduler=plateau", "callbacks=no_ema")
+    one_run(tmp_path, "model.norm=batch", "optimizer=adam", "scheduler=plateau", "callbacks=samples")
     assert not load(str(tmp_path / "checkpoints" / "last.ckpt")).network.train_is_likelihood
     assert re.search(r"train \d\.\d+ \(no likelihood\), val ", capsys.readouterr().out)
 
@@ -515,7 +515,7 @@ def test_a_first_step_may_take_all_the_time():
 
 @pytest.mark.long
 def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
-    race = ["experiment=mnist_race", "dataset=digits", "model_size=tiny", "trainer.max_time=00:00:00:04"]
+    race = ["experiment=mnist/race/pixelcnn", "dataset=digits", "model_size=tiny", "trainer.max_time=00:00:00:04"]
     command("train", *race, "trainer.log_every_n_steps=1", f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["val/images"] == result["test/images"] == 250
@@ -526,7 +526,7 @@ def test_a_race_is_scored_when_its_time_is_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", ["mnist_gpu", "cifar10_10min", "cifar10_20min", "cifar10_best", "cifar10_24gb"])
+@pytest.mark.parametrize("recipe", ["mnist/gpu", "cifar10/10min", "cifar10/20min", "cifar10/best", "cifar10/24gb"])
 def test_a_recipe_for_a_gpu_takes_a_few_steps_on_a_cpu(tmp_path, monkeypatch, recipe):
     """As it is, but narrow, shallow and not compiled, on few images of its dataset's shape."""
     save_npz(tmp_path / "x.npz", (28, 28) if recipe.startswith("mnist") else (32, 32, 3), 40, 2, classes=10)

@@ -31,9 +31,10 @@ from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.optim.schedulers import optimization
 from pixelcnn_lit.runs.command import CONF
-from pixelcnn_lit.runs.saved import CONTROLS
+from pixelcnn_lit.runs.saved import NOT_SAVED
 from pixelcnn_lit.training.callbacks import TrainingLoss
 from pixelcnn_lit.training.fit import build_callback
+from pixelcnn_lit.training.run import Run
 
 BATCHES = ["trainer=cpu", "trainer.precision=32-true", "trainer.max_epochs=2", "trainer.limit_train_batches=2"]
 BATCHES += ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"]
@@ -66,7 +67,7 @@ REFUSED: list[tuple[str, Any, str]] = [  # a flag, a value, and what the line sa
     *((flag, True, OWN) for flag in ("barebones", "enable_model_summary", "use_distributed_sampler")),
     ("accelerator", "abacus", "trainer=auto fits"),
     ("num_nodes", 0, "trainer: `num_nodes`"),
-    ("precision", "16-true", "type callbacks=no_ema"),
+    ("precision", "16-true", "type callbacks=samples"),
     ("precision", 12, "trainer.precision=12: must be"),
     ("fast_dev_run", 2, "type trainer.max_steps=1"),
     ("max_epochs", 0, "type at least"),
@@ -126,7 +127,7 @@ def settings() -> dict[str, dict[str, Any]]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for name, tiny in TINY.items():
             config = OmegaConf.to_container(compose(name, [*BATCHES, *tiny]), resolve=False)
-            kept = OmegaConf.create({key: value for key, value in config.items() if key not in CONTROLS})
+            kept = OmegaConf.create({key: value for key, value in config.items() if key not in NOT_SAVED})
             composed[name] = OmegaConf.to_container(kept, resolve=True) | {"overrides": []}
     return composed
 
@@ -135,7 +136,7 @@ def outcome(directory: Path, settings: dict[str, Any], name: str = "train", **ch
     """None for a run that leaves its result, or the line that ends it before it has trained."""
     command = getattr(pixelcnn_lit, name)
     try:
-        command.train(directory, None, **settings | changed)
+        command.train(Run(directory, None, {}), **settings | changed)
     except Exception as error:
         line = explain(error)
         if line is None:
@@ -326,7 +327,7 @@ CALLBACKS: dict[str, dict[str, Any]] = {  # what those that fit are told
     **{name: {} for name in ("Checkpoint", "ModelSummary", "SpikeDetection", "Timer", "BasePredictionWriter")},
 }
 REFUSED_CALLBACKS: dict[str, tuple[dict[str, Any], str]] = {  # and what others are answered
-    "BackboneFinetuning": ({}, "callbacks.own: BackboneFinetuning wants a module with a backbone"),
+    "BackboneFinetuning": ({}, "callbacks.own: BackboneFinetuning requires a module with a backbone"),
     "BatchSizeFinder": ({}, "type a sweep: -m dataset.batch_size"),
     "LearningRateFinder": ({}, "type a sweep: -m optimizer.lr"),
     "ModelPruning": ({"pruning_fn": "l1_unstructured"}, "callbacks.own: ModelPruning puts other weights"),

@@ -11,7 +11,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.runs.atomic import whole
+from pixelcnn_lit.runs.atomic import atomic_write
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], hyper_parameters: dict[str, Any]) -> None:
@@ -19,7 +19,7 @@ def write_weights(path: Path, weights: dict[str, Tensor], hyper_parameters: dict
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     config = json.dumps(hyper_parameters)
     metadata = {"format": "pt", "hyper_parameters": config, "sha256": digest(weights, config)}
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(safetensors_bytes(weights, metadata))
 
 

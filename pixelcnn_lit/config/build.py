@@ -1,6 +1,6 @@
 """From plain values to objects: find a `_target_`, check its values against its own annotations, call it.
 
-Targets come from yaml files and from checkpoints, and a checkpoint may come from a stranger. So a target is never
+Targets come from yaml files and from checkpoints, and a checkpoint may be untrusted. So a target is never
 merely imported: it must be *defined* in one of HOMES, and be of the kind the caller asks for.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pixelcnn_lit.config.errors import UserError, closest
+from pixelcnn_lit.config.errors import UserError, suggest
 
 HOMES = ("pixelcnn_lit.", "torch.optim.", "lightning.pytorch.callbacks.")
 
@@ -90,7 +90,7 @@ def check(where: str, function: Callable[..., Any], values: Mapping[str, Any], k
     for key in values:
         if key in known or (key not in parameters and not open_ended):
             settings = [name for name in parameters if name not in known]
-            raise UserError(f"{prefix}{key}: there is no such setting; {closest(key, settings)}")
+            raise UserError(f"{prefix}{key}: there is no such setting; {suggest(key, settings)}")
     check_values(where, function, values)
     for key, parameter in parameters.items():
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)

@@ -36,7 +36,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def closest(word: str, words: Iterable[str]) -> str:
+def suggest(word: str, words: Iterable[str]) -> str:
     """The hint that follows an unknown word: the nearest known one, and all of them."""
     known = sorted(words)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
@@ -137,7 +137,7 @@ def _first(error: BaseException) -> BaseException | None:
 
 def _missing_config(error: MissingConfigException) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-    return f"{group}={choice}: there is no such {group}; {closest(choice, error.options or [])}"
+    return f"{group}={choice}: there is no such {group}; {suggest(choice, error.options or [])}"
 
 
 _UNKNOWN = r"(Could not override|Could not delete from config\.) '(?P<key>(?!hydra\b)[^'@]+)'"
@@ -150,7 +150,7 @@ def _no_such_setting(key: str, settings: Mapping[str, Any]) -> str:
     beside: Any = settings
     for part in group:
         beside = beside.get(part) if isinstance(beside, Mapping) else None
-    return f"{key}: there is no such setting; {closest(last, beside if isinstance(beside, Mapping) else settings)}"
+    return f"{key}: there is no such setting; {suggest(last, beside if isinstance(beside, Mapping) else settings)}"
 
 
 def _not_an_override(override: str, settings: Mapping[str, Any]) -> str:

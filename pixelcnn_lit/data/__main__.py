@@ -16,7 +16,7 @@ from pixelcnn_lit.data.datamodule import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.data.images import channel_statistics, first_of_each_class
 from pixelcnn_lit.data.pictures import grid, save
 from pixelcnn_lit.runs.machine import Threads, take_threads
-from pixelcnn_lit.runs.run_dir import run_dir, shown
+from pixelcnn_lit.runs.run_dir import relative, run_dir
 from pixelcnn_lit.runs.terminal import progress
 
 
@@ -34,7 +34,7 @@ def main(dataset: dict[str, Any], threads: Threads) -> None:
         print(f"{class_name:>12}" + "".join(f"{int((split.y == label).sum()):>12}" for split in splits.values()))
     nine = first_of_each_class(data.train, len(data.class_names), 9)
     save(grid(nine, data.levels), run_dir() / "images.png")
-    print(shown(run_dir() / "images.png"))
+    print(relative(run_dir() / "images.png"))
     if len(data.train) >= data.batch_size:
         print(f"its loader serves {loader_speed(data):,.0f} training images/s in batches of {data.batch_size}")
     else:

@@ -1,5 +1,6 @@
 """The one LightningDataModule: a source's images, split, transformed and served."""
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from pixelcnn_lit.config.build import Range, check, resolve
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Images, Split, carve_validation, fingerprint, verify
 from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, loader
-from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, quantise, resize
+from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, requantize_levels, resize
 from pixelcnn_lit.runs.run_dir import expanded, plain_name
 
 
@@ -28,7 +29,7 @@ class ImageData(L.LightningDataModule):
     Args:
         load: the source; called once.
         batch_size: over all processes together.
-        levels: requantise to so many levels; 2 binarizes, by threshold ("static") or by chance ("dynamic").
+        levels: requantize to so many levels; 2 binarizes, by threshold ("static") or by chance ("dynamic").
         resize, pad, horizontal_flip, random_crop: each changes the label.
     """
 
@@ -84,7 +85,7 @@ class ImageData(L.LightningDataModule):
             return Split(binarize_by_index(split.x, self._source_levels, seed=0), split.y)
         if self.levels == self._source_levels:
             return split
-        return Split(quantise(split.x, self._source_levels, self.levels), split.y)
+        return Split(requantize_levels(split.x, self._source_levels, self.levels), split.y)
 
     def _plan_augmentations(self) -> list[Augmentation]:
         """In their order, as plain functions that worker processes can be sent."""
@@ -135,6 +136,12 @@ class ImageData(L.LightningDataModule):
             if before.get(name, now) != now:
                 return f"its {name} split was {before[name]}, here it is {now}"
         return None
+
+    def tested_on(self, images: Split) -> "ImageData":
+        """Return the same data with other test images."""
+        data = copy.copy(self)
+        data.test = images
+        return data
 
     def train_dataloader(self) -> LazyLoader:
         batches = self._batches(self.train, shuffle=True)

@@ -18,7 +18,7 @@ class Batches(Sampler):
 
     Training shuffles and leaves out the ragged last batch, another one each epoch; where it is to `repeat`, each epoch
     is the first. Evaluation strides the split over the ranks unpadded, so that every image counts once. `batch_size` is
-    a rank's own. A run that goes on inside an epoch sets `start`, the number of batches to leave out of the next pass.
+    a rank's own.
     """
 
     def __init__(
@@ -34,8 +34,13 @@ class Batches(Sampler):
     ) -> None:
         self.n, self.batch_size, self.shuffle, self.repeat = n, batch_size, shuffle, repeat
         self.seed, self.rank, self.world = seed, rank, world
-        self.epoch, self.start = 0, 0
+        self.epoch = 0
+        self.skipped = 0
         self.sampler = self  # where Lightning looks for set_epoch
+
+    def skip(self, batches: int) -> None:
+        """Leave out the first batches of the next pass, and of no other: for a run that is resumed inside an epoch."""
+        self.skipped = batches
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = 0 if self.repeat else epoch
@@ -53,8 +58,8 @@ class Batches(Sampler):
         rng = np.random.default_rng([self.seed, self.epoch])
         order = torch.from_numpy(rng.permutation(self.n)).split(self.batch_size * self.world)[: len(self)]
         seeds = rng.integers(2**31, size=len(order))
-        start, self.start = self.start, 0
-        for shared, seed in zip(order[start:], seeds[start:], strict=True):
+        skipped, self.skipped = self.skipped, 0
+        for shared, seed in zip(order[skipped:], seeds[skipped:], strict=True):
             yield int(seed) + self.rank, shared[self.rank :: self.world]
 
 

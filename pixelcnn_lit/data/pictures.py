@@ -51,6 +51,6 @@ def animate(pictures: list[Tensor], path: Path) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def as_it_is(image: Tensor) -> Image.Image:
+def to_pil(image: Tensor) -> Image.Image:
     """An image uint8 [1 or 3,H,W], grey or RGB, its levels unchanged."""
     return Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())

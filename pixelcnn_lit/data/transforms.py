@@ -19,7 +19,7 @@ def pad(x: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (width,) * 4)
 
 
-def quantise(x: Tensor, old: int, new: int) -> Tensor:
+def requantize_levels(x: Tensor, old: int, new: int) -> Tensor:
     """Levels 0..old-1 to 0..new-1 in bins of equal width, in integers. With `new=2`: the threshold at half."""
     return (x.int() * new).div(old, rounding_mode="floor").to(torch.uint8)
 

@@ -58,26 +58,23 @@ def refuse_unfit(config: dict[str, Any], module: nn.Module) -> None:
 
 def _total_steps(trainer: "L.Trainer") -> int:
     steps = trainer.estimated_stepping_batches
-    if steps == math.inf and not timers(trainer):
+    if steps == math.inf and not _clocks(trainer):
         raise UserError(
             "this scheduler must know where a run ends; type trainer.max_epochs, trainer.max_steps or trainer.max_time"
         )
     return int(min(steps, 10**9))  # a run that ends by the time alone never gets there
 
 
-def timers(trainer: "L.Trainer") -> list[tuple[float, float]]:
-    """Seconds over and seconds left by each clock that ends the run: that of trainer.max_time, if any."""
+def _clocks(trainer: "L.Trainer") -> list[tuple[float, float]]:
     # Not above: the settings of a scheduler are checked without Lightning.
-    from lightning.pytorch.callbacks import Timer
+    from pixelcnn_lit.runs.lightning_internals import clocks
 
-    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    timers = [callback for callback in callbacks if isinstance(callback, Timer)]
-    return [(timer.time_elapsed(), left) for timer in timers if (left := timer.time_remaining()) is not None]
+    return clocks(trainer)
 
 
 def _time_share(trainer: "L.Trainer") -> float:
     """How much of trainer.max_time is over; 0 without one. Every process gets the first one's."""
-    shares = [over / max(over + left, 1e-9) for over, left in timers(trainer)]
+    shares = [over / max(over + left, 1e-9) for over, left in _clocks(trainer)]
     return trainer.strategy.broadcast(max(shares)) if shares else 0.0
 
 
@@ -88,7 +85,7 @@ class WarmupCosine(LambdaLR):
     Hägele et al. 2024 (arXiv 2405.18392), section 3.
 
     Without one the course of torch's OneCycleLR, which however divides by zero at 20 steps and cannot be extended: here
-    `total_steps` is the present run's, not saved with it, so that a run that goes on follows the longer course.
+    `total_steps` is the present run's, not saved with it, so that a resumed run follows the longer course.
 
     Args:
         total_steps: optimizer steps of the whole run.

@@ -10,7 +10,7 @@ UNFINISHED = ".tmp-"  # how the name of a file begins while it is written
 
 
 @contextmanager
-def whole(target: Path) -> Iterator[IO[bytes]]:
+def atomic_write(target: Path) -> Iterator[IO[bytes]]:
     """A file to write in the place of `target`: beside it, flushed to the disk, renamed.
 
     A kill at any moment leaves the earlier file as it was.
@@ -27,13 +27,13 @@ def whole(target: Path) -> Iterator[IO[bytes]]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_text(target: Path, text: str) -> None:
+def atomic_write_text(target: Path, text: str) -> None:
     """`text` and a newline as the file `target`, whole or not at all."""
-    with whole(target) as file:
+    with atomic_write(target) as file:
         file.write(f"{text}\n".encode(errors="backslashreplace"))  # a path may hold bytes that are no text
 
 
-def sweep(directory: Path) -> None:
+def remove_partial_files(directory: Path) -> None:
     """Remove what a killed run left unfinished."""
     for stale in directory.glob(f"{UNFINISHED}*"):
         stale.unlink()

@@ -20,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 from pixelcnn_lit.config.build import check, check_parts
 from pixelcnn_lit.config.errors import explain
 from pixelcnn_lit.config.quoting import quoted, uninterpolated
-from pixelcnn_lit.runs.atomic import write_text
+from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.memory import keep_freed_memory
 from pixelcnn_lit.runs.run_dir import expanded, run_dir, start_clock, typed
 from pixelcnn_lit.runs.saved import checkpoint_file
@@ -102,7 +102,7 @@ def _job(name: str, debug: bool, cfg: DictConfig) -> None:
     except Exception as error:
         line = explain(error)
         with contextlib.suppress(OSError):
-            write_text(run_dir() / "error.txt", line or repr(error))
+            atomic_write_text(run_dir() / "error.txt", line or repr(error))
         if debug or line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # a fault of the program shows its traceback; a sweep goes on with its next job
         sys.exit(f"error: {line}")
@@ -129,7 +129,9 @@ def _record(cfg: DictConfig) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         parts = {"config": cfg, "hydra": {"hydra": HydraConfig.get()}, "overrides": typed()}
         for name, content in parts.items():
-            write_text(run_dir() / "hydra" / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(content)).rstrip())
+            atomic_write_text(
+                run_dir() / "hydra" / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(content)).rstrip()
+            )
 
 
 @contextlib.contextmanager

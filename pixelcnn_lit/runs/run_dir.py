@@ -1,6 +1,5 @@
 """The job that runs: the directory it writes into, what was typed, the time it has taken."""
 
-import contextlib
 import itertools
 import os
 import time
@@ -38,20 +37,19 @@ def seconds_so_far() -> float:
 
 
 def new_dir(parent: str) -> str:
-    """A directory inside `parent` that nobody else has, named after the time."""
-    Path(parent).mkdir(parents=True, exist_ok=True)
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    for path in (f"{parent}/{name}{suffix}" for suffix in itertools.chain([""], map("_{}".format, itertools.count(2)))):
-        with contextlib.suppress(FileExistsError):
-            Path(path).mkdir()
-            return path
-    raise AssertionError("unreachable")
+    """Return the name of a directory inside `parent` that is nobody's: that of the time and of this process.
+
+    It is made when the config has been composed, and not while it is.
+    """
+    name = f"{parent}/{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"
+    names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+    return next(name for name in names if not Path(name).exists())
 
 
 OmegaConf.register_new_resolver("new_dir", new_dir, use_cache=True, replace=True)
 
 
-def shown(path: Path | str) -> str:
+def relative(path: Path | str) -> str:
     """A path as it is printed: from the folder the user stands in. It can be typed, too, whatever its first name is."""
     path = os.path.relpath(path)
     return f"./{path}" if path.startswith(("~", "-")) or path == "???" else path

@@ -1,8 +1,8 @@
-"""Which run goes on, from where, and with which settings."""
+"""Which run is resumed, from where, and with which settings."""
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf, open_dict
 
 from pixelcnn_lit.config.errors import UserError, first_line
-from pixelcnn_lit.runs.run_dir import expanded, new_dir, shown, typed
+from pixelcnn_lit.runs.run_dir import expanded, new_dir, relative, typed
 
 WEIGHTS = Path(__file__).parents[1] / "weights"  # those that the package ships with; README.md there tells of each
 CONFIG = "config.yaml"  # beside the checkpoints: all settings of the run
-CONTROLS = ("run_dir", "ckpt", "skip_completed", "debug")  # are typed for one command, and are no settings of the run
-CHANGEABLE = ("trainer", "callbacks", "dataset.root", "dataset.path", "threads")  # when it goes on
+NOT_SAVED = ("run_dir", "ckpt", "skip_completed", "debug")  # are typed for one command, and are no settings of the run
+MAY_CHANGE_ON_RESUME = ("trainer.", "callbacks.", "dataset.root", "dataset.path", "threads")
 
 
 def run_of(ckpt: str | None, parent: str) -> str:
-    """The directory of the run that a checkpoint belongs to; a new one inside `parent` where there is no checkpoint."""
+    """Return the directory of the run that a checkpoint belongs to; without one, a new name inside `parent`."""
     if ckpt is None:
         return new_dir(parent)
     if ckpt == "last":
@@ -40,7 +40,7 @@ OmegaConf.register_new_resolver("run_of", run_of, use_cache=True, replace=True)
 
 
 def checkpoint_file(ckpt: str, setting: str = "ckpt") -> Path:
-    """The file that `ckpt` names: a path, the name of weights that the package brings along, or the directory of a run.
+    """Return the file that `ckpt` names: a path, the name of weights that the package ships with, or a run's directory.
 
     Of a run it is the checkpoint best on validation. Raises UserError where there is no such file.
     """
@@ -60,11 +60,11 @@ def last_checkpoint(directory: Path) -> Path:
     return directory / "checkpoints" / "last.ckpt"
 
 
-def starting_point(directory: Path, ckpt: str | None, or_anew: bool) -> Path | None:
-    """The checkpoint to go on from in `directory`, or None to start; `or_anew` takes what there is."""
+def find_resume_checkpoint(directory: Path, ckpt: str | None, or_anew: bool) -> Path | None:
+    """Return the checkpoint to resume from in `directory`, or None to start; `or_anew` takes what there is."""
     last = last_checkpoint(directory)
     for requeued in directory.glob("hpc_ckpt_*"):  # Lightning would take it before all others, and check nothing
-        raise UserError(f"{shown(requeued)}: none of this program's; remove it")
+        raise UserError(f"{relative(requeued)}: none of this program's; remove it")
     if ckpt not in (None, "last"):
         path = Path(ckpt)
         if not path.exists():
@@ -76,20 +76,20 @@ def starting_point(directory: Path, ckpt: str | None, or_anew: bool) -> Path | N
     if last.is_file() and (ckpt or or_anew or "SLURM_RESTART_COUNT" in os.environ):
         return last
     if ckpt:
-        raise UserError(f"run_dir={shown(directory)}: nothing was saved there yet; leave out ckpt")
+        raise UserError(f"run_dir={relative(directory)}: nothing was saved there yet; leave out ckpt")
     if last.is_file():
-        raise UserError(f"run_dir={shown(directory)}: holds a run; type ckpt=last to go on, or another run_dir")
+        raise UserError(f"run_dir={relative(directory)}: holds a run; type ckpt=last to resume, or another run_dir")
     return None
 
 
 @contextlib.contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
+def lock(directory: Path) -> Iterator[None]:
     """No other process trains in the directory meanwhile. The lock of a process that dies is gone with it."""
     lock = FileLock(directory / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"run_dir={shown(directory)}: another process trains there; type another run_dir") from None
+        raise UserError(f"run_dir={relative(directory)}: another process trains there; type another run_dir") from None
     except (NotImplementedError, OSError):
         pass  # a filesystem without locks
     try:
@@ -101,11 +101,11 @@ def alone_in(directory: Path) -> Iterator[None]:
 def typed_settings() -> list[str]:
     """What was typed that is a setting of the run."""
     parsed = OverridesParser.create().parse_overrides(typed())
-    return [text for text, o in zip(typed(), parsed, strict=True) if o.key_or_group not in CONTROLS]
+    return [text for text, o in zip(typed(), parsed, strict=True) if o.key_or_group not in NOT_SAVED]
 
 
 def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
-    """The settings saved in a run's directory, with the `changes` typed of those that are CHANGEABLE made in them.
+    """Return the settings saved in a run's directory, with the `changes` typed of what MAY_CHANGE_ON_RESUME.
 
     What an override changes is told by composing conf/ with it and without. Raises UserError if it changes more.
     """
@@ -114,7 +114,7 @@ def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
         saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         before = _composed(saved["overrides"])
         assert isinstance(saved["callbacks"], dict)
-    except Exception as error:  # yaml and a stranger's contents have many
+    except Exception as error:  # yaml and an untrusted contents have many
         raise UserError(
             f"{path}: damaged or not of this program ({first_line(error)}); it holds the settings"
         ) from error
@@ -124,7 +124,7 @@ def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"{path}: callbacks.{name} would write elsewhere; remove its {key}")
     if changes:
         both = [*saved["overrides"], *changes]
-        _take_over(saved, before, _composed(both), _composed(both, resolve=True))
+        saved = _changed(saved, before, _composed(both), _composed(both, resolve=True))
         saved["overrides"] += [override for override in changes if override not in saved["overrides"]]
     return saved
 
@@ -132,28 +132,52 @@ def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
 def _composed(overrides: list[str], resolve: bool = False) -> dict[str, Any]:
     composed = compose(str(HydraConfig.get().job.config_name), overrides)
     with open_dict(composed):
-        for key in composed.keys() & set(CONTROLS):  # `run_dir`, if it were read, would make a directory
+        for key in composed.keys() & set(NOT_SAVED):
             del composed[key]
     settings: Any = OmegaConf.to_container(composed, resolve=resolve)
     return {"scheduler": None, **settings}
 
 
-def _take_over(
-    saved: dict[str, Any], before: dict[str, Any], after: dict[str, Any], resolved: dict[str, Any], inside: str = ""
-) -> None:
-    """Change in `saved` what differs between `before` and `after`, to what it is when `resolved`."""
-    for name in sorted({**before, **after}, key=lambda name: name != "_target_"):  # another choice is named first
-        key, old, new = f"{inside}{name}", before.get(name), after.get(name)
-        if old == new:
+def _changed(
+    saved: dict[str, Any], before: dict[str, Any], after: dict[str, Any], resolved: dict[str, Any]
+) -> dict[str, Any]:
+    """Return `saved` with what differs between `before` and `after` as it is when `resolved`."""
+    kept, old, new, values = (_flat(config) for config in (saved, before, after, resolved))
+    for key in sorted({**old, **new}, key=lambda key: not key.endswith("_target_")):  # another choice first
+        if key in old and key in new and old[key] == new[key]:
             continue
-        if isinstance(old, dict) and isinstance(new, dict) and isinstance(saved.get(name), dict):
-            _take_over(saved[name], old, new, resolved[name], f"{key}.")
-        elif not key.startswith(CHANGEABLE) or key in CHANGEABLE[:2]:
+        if not key.startswith(MAY_CHANGE_ON_RESUME):
             raise UserError(
-                f"{key} is {old} in the run and {new} here; a run goes on with its own settings: "
+                f"{key} is {old.get(key)} in the run and {new.get(key)} here; a resumed run keeps its own settings: "
                 "type trainer.*, callbacks.* and threads alone"
             )
-        elif name in after:
-            saved[name] = resolved[name]
+        kept = {name: value for name, value in kept.items() if not _is_in(name, key)}
+        kept |= {name: value for name, value in values.items() if _is_in(name, key) and key in new}
+    return _nested(kept)
+
+
+def _is_in(name: str, key: str) -> bool:
+    """Whether a flat key is `key`, or lies inside it, as settings do that an interpolation brought."""
+    return name == key or name.startswith(f"{key}.")
+
+
+def _flat(config: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty group stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{inside}{key}.")
         else:
-            saved.pop(name, None)
+            flat[f"{inside}{key}"] = value
+    return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *groups, name = key.split(".")
+        inner = nested
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    return nested

@@ -33,6 +33,11 @@ def class_log_likelihoods(model: Density, x: Tensor, batch_size: int) -> Tensor:
     return torch.cat(rows)
 
 
+def class_prior(y: Tensor, num_classes: int) -> Tensor:
+    """How often each class is among y [N]: float64 [num_classes]."""
+    return torch.bincount(y, minlength=num_classes).double() / len(y)
+
+
 def marginal(log_likelihoods: Tensor, prior: Tensor) -> Tensor:
     """log p(x) [N] from log p(x | y) [N,num_classes] and p(y) [num_classes]."""
     return (log_likelihoods.double() + prior.log()).logsumexp(1)

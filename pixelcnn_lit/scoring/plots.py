@@ -1,11 +1,15 @@
-"""What a classifier takes for what, as a picture."""
+"""Scores as pictures."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from pixelcnn_lit.scoring.samples import SampleScores
 
 
 def show_confusion(counted: Tensor, class_names: list[str], path: Path, trainer: L.Trainer | None = None) -> Path:
@@ -25,4 +29,40 @@ def show_confusion(counted: Tensor, class_names: list[str], path: Path, trainer:
     if trainer and isinstance(trainer.logger, TensorBoardLogger):
         trainer.logger.experiment.add_figure("confusion", figure, trainer.global_step)
         trainer.logger.experiment.flush()  # the run is over: nobody else will
+    return path
+
+
+def show_histogram(bpd: dict[str, Tensor], path: Path) -> Path:
+    """Bits per dimension of each image, by the name of its dataset, as PNG."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    edges = torch.histogram(torch.cat(list(bpd.values())), 60).bin_edges.tolist()
+    for name, values in bpd.items():
+        axes.hist(values, edges, alpha=0.6, label=name)
+    axes.set(xlabel="bits per dimension of a test image", ylabel="images")
+    axes.legend()
+    figure.savefig(path)
+    return path
+
+
+def show_curve(points: dict[str, dict[str, Any]], scores: dict[str, SampleScores], real: str, path: Path) -> Path:
+    """Consistency over diversity as PNG: a line of temperatures for each guidance scale, and a star for real images.
+
+    Args:
+        points: the settings of the sampler, by name. scores: of each, and of `real` images.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for scale in dict.fromkeys(point["guidance_scale"] for point in points.values()):
+        line = [(scores[name], point) for name, point in points.items() if point["guidance_scale"] == scale]
+        x, y = [own.diversity for own, _ in line], [own.consistency for own, _ in line]
+        axes.plot(x, y, "o-", label=f"guidance {scale:g}")
+        for own, point in line:
+            where = own.diversity, own.consistency
+            axes.annotate(f"{point['temperature']:g}", where, textcoords="offset points", xytext=(6, 4))
+    axes.plot(scores[real].diversity, scores[real].consistency, "k*", label=real)
+    axes.set(xlabel="diversity: mean distance of two images of a class", ylabel="consistency")
+    axes.margins(0.1)
+    axes.legend(title="beside a point: its temperature")
+    figure.savefig(path)
     return path

@@ -1,4 +1,4 @@
-"""What a classifier has to say of images that were drawn for a class: see Verdict.
+"""What a classifier has to say of images that were drawn for a class: see SampleScores.
 
 Distances are between features, which the classifier's head reads, of the images and of the training set:
 
@@ -20,14 +20,14 @@ from pixelcnn_lit.lit.metrics import accuracy, per_class
 from pixelcnn_lit.runs.terminal import progress
 
 
-class Read(NamedTuple):
+class Features(NamedTuple):
     """Images as a judge reads them: features [N,F], and the class it takes each for, int64 [N]. On the CPU."""
 
     features: Tensor
     guesses: Tensor
 
 
-class Verdict(NamedTuple):
+class SampleScores(NamedTuple):
     """Of images that were drawn for a class.
 
     consistency: share of them that the judge takes for that class; consistency_per_class. confusion
@@ -44,22 +44,22 @@ class Verdict(NamedTuple):
 
 
 @torch.no_grad()
-def read(judge: ClassifierModule, x: Tensor, batch_size: int) -> Read:
+def read(judge: ClassifierModule, x: Tensor, batch_size: int) -> Features:
     """Images uint8 [N,C,H,W], read in batches on the judge's device."""
     batches = progress(x.split(batch_size), desc="reading")
     features = torch.cat([judge.features(batch.to(judge.device)).cpu() for batch in batches])
     heads = [judge.net.head(batch.to(judge.device)).cpu() for batch in features.split(batch_size)]
-    return Read(features, torch.cat(heads).argmax(1))
+    return Features(features, torch.cat(heads).argmax(1))
 
 
-def verdict(drawn: Read, y: Tensor, training: Read, num_classes: int, n_compared: int) -> Verdict:
+def verdict(drawn: Features, y: Tensor, training: Features, num_classes: int, n_compared: int) -> SampleScores:
     """Of images drawn for the classes y [N], beside the training images.
 
     Distances are of the first `n_compared` images of each class, since they depend on the number of images.
     """
     confusion = multiclass_confusion_matrix(drawn.guesses, y, num_classes)
     some = torch.cat([(y == label).nonzero()[:n_compared, 0] for label in y.unique()])
-    return Verdict(
+    return SampleScores(
         accuracy(confusion),
         per_class(confusion),
         confusion,

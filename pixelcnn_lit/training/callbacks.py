@@ -11,14 +11,15 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.runs.run_dir import seconds_so_far, shown
+from pixelcnn_lit.runs.lightning_internals import validates_by_the_clock
+from pixelcnn_lit.runs.run_dir import relative, seconds_so_far
 from pixelcnn_lit.runs.saved import last_checkpoint
 
 
-class Stopwatch(Callback):
+class Throughput(Callback):
     """Seconds and images of training proper, without validation and sample grids, and all seconds of the command.
 
-    A run that goes on adds to those it was cut off with.
+    A resumed run adds to those of before.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Stopwatch(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.perf_counter()
 
-    on_train_epoch_start = on_train_start  # which a run that goes on inside an epoch does not pass
+    on_train_epoch_start = on_train_start  # which a run that is resumed inside an epoch does not pass
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -54,7 +55,7 @@ class Stopwatch(Callback):
         self._start = time.perf_counter()
 
 
-class ScoreAtTheEnd(Callback):
+class ValidateAtMaxSteps(Callback):
     """Validate when training ends between two validations, which Lightning does not: no score, no checkpoint.
 
     That is when `max_steps` ends it, and at the end of the last epoch where validations follow steps or the clock.
@@ -63,14 +64,13 @@ class ScoreAtTheEnd(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        by_the_clock = trainer._val_check_time_interval is not None  # pyright: ignore[reportAttributeAccessIssue]
-        by_epochs = trainer.check_val_every_n_epoch is not None and not by_the_clock
+        by_epochs = trainer.check_val_every_n_epoch is not None and not validates_by_the_clock(trainer)
         last = batch_idx + 1 == trainer.num_training_batches and trainer.current_epoch + 1 == trainer.max_epochs
         if trainer.global_step == trainer.max_steps or (last and not by_epochs):
             trainer.should_stop = True
 
 
-class FiniteGuard(Callback):
+class StopOnNaN(Callback):
     """Stops a run whose loss or weights are no numbers any more, before any such weights are kept."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,7 +100,7 @@ class FiniteGuard(Callback):
             return
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         good = last_checkpoint(Path(trainer.default_root_dir))
-        kept = f"the last good checkpoint is {shown(good)}" if good.is_file() else "no checkpoint was written before"
+        kept = f"the last good checkpoint is {relative(good)}" if good.is_file() else "no checkpoint was written before"
         raise UserError(
             f"{what} is not finite at epoch {trainer.current_epoch + 1}, step {step}, learning rate {rate:g}; {kept}; "
             "type a smaller optimizer.lr in a new run, or trainer.precision=32-true"
@@ -108,7 +108,7 @@ class FiniteGuard(Callback):
 
 
 class TrainingLoss(Callback):
-    """The mean loss of an epoch, to which the part before a run was cut off counts, too."""
+    """The mean loss of an epoch, to which the part before an interruption counts, too."""
 
     def __init__(self) -> None:
         self._sum_and_batches = torch.zeros(2)

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.runs.atomic import whole
+from pixelcnn_lit.runs.atomic import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -21,7 +21,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         try:
-            with whole(Path(path)) as file:
+            with atomic_write(Path(path)) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             needed, free = _size(checkpoint), shutil.disk_usage(Path(path).parent).free
@@ -31,11 +31,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             raise UserError(
                 f"{path}: the disk is full: {needed:,} bytes are needed, {free:,} are free; the earlier checkpoint is "
-                "whole: make room and go on from it"
+                "whole: make room and resume from it"
             ) from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """One file; Lightning's own would remove a whole directory that a stranger's checkpoint names."""
+        """One file; Lightning's own would remove a whole directory that an untrusted checkpoint names."""
         Path(path).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""What lets a run that was cut off end as if nothing had happened, bit for bit. Tried with Lightning 2.6."""
+"""What lets an interrupted run end as if nothing had happened, bit for bit."""
 
 import os
 import random
@@ -15,15 +15,17 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import first_line
-from pixelcnn_lit.runs.atomic import sweep
+from pixelcnn_lit.data.loader import Batches
+from pixelcnn_lit.runs.atomic import remove_partial_files
+from pixelcnn_lit.runs.lightning_internals import Loops
 from pixelcnn_lit.runs.saved import last_checkpoint
 from pixelcnn_lit.runs.signals import Stopped, note_signals, noted
 
 
-class Streams(Callback):
+class SeedEveryStep(Callback):
     """Makes all chance within a training step a function of (seed, epoch, batch, rank), as the order of the data is.
 
-    So a run that goes on needs no random state, whatever validation, sample grids or other processes drew meanwhile.
+    So a resumed run needs no random state, whatever validation, sample grids or other processes drew meanwhile.
     """
 
     def __init__(self, seed: int) -> None:
@@ -38,9 +40,9 @@ class Streams(Callback):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps the checkpoint from which a run goes on, bit for bit.
+    """Keep the checkpoint from which a run is resumed, bit for bit.
 
-    It is written before each validation (so that a validation that is cut off is run again), every
+    It is written before each validation (so that an interrupted validation is re-run), every
     `every_n_minutes` or `every_n_steps` in between, and on SIGINT, SIGTERM and SIGUSR1, which then end the run with
     exit code 130, 143 or 138. All this happens between two optimizer steps and nowhere else.
 
@@ -60,29 +62,29 @@ class LastCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._owed = False  # whether the epoch that ends is still to be saved
-        self._safe = True  # whether all is saved: a run that goes on may begin with a validation
+        self._safe = True  # whether all is saved: a resumed run may begin with a validation
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
-            sweep(self.path.parent)
+            remove_partial_files(self.path.parent)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._batches(trainer).start = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        self._batches(trainer).skip(Loops(trainer).batches_done)
         note_signals()
 
     @staticmethod
-    def _batches(trainer: L.Trainer) -> Any:
+    def _batches(trainer: L.Trainer) -> Batches:
         return trainer.train_dataloader.batch_sampler  # pyright: ignore[reportOptionalMemberAccess]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._batches(trainer).start = 0
-        # Of a run that goes on with a new epoch Lightning would otherwise skip or repeat parts of the old one.
-        trainer.fit_loop.epoch_loop.restarting = False
+        self._batches(trainer).skip(0)
+        Loops(trainer).begin_epoch()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._safe = False
-        if trainer.fit_loop._should_accumulate() or _ends_by_itself(trainer):
+        loops = Loops(trainer)
+        if loops.accumulates or loops.ends_by_itself:
             return  # gradients are in no checkpoint; a run that stops by itself is saved with its last score
-        validation = _validation_is_due(trainer)
+        validation = loops.validation_is_due
         stop, late = self._agreed(trainer)
         if batch_idx + 1 == trainer.num_training_batches and not validation:
             self._owed = True  # schedulers are still to be stepped
@@ -139,14 +141,12 @@ class LastCheckpoint(Checkpoint):
     on_test_end = on_validation_end
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        loop, validation = trainer.fit_loop, _validation_is_due(trainer)
-        if _ends_by_itself(trainer) and validation:
+        loops = Loops(trainer)
+        validation = loops.validation_is_due
+        if loops.ends_by_itself and validation:
             self._save(trainer)  # as before that validation, whose scheduler step follows it
-        # Lightning steps ReduceLROnPlateau after the last hook that could save, and not in an epoch that was resumed.
-        if loop.epoch_loop._num_ready_batches_reached():
-            loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-        loop._restarting = True  # so it does not do so again
-        if (self._owed or _ends_by_itself(trainer)) and not validation:
+        loops.step_plateau_schedulers()
+        if (self._owed or loops.ends_by_itself) and not validation:
             self._save(trainer)
             self._stop_if_asked(trainer)
 
@@ -154,29 +154,7 @@ class LastCheckpoint(Checkpoint):
         self._stop_if_asked(trainer)  # the test is still to come
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Write the loops' progress in one way, whichever hook saves: this batch is done, its validation is not."""
-        batches, validation = trainer.num_training_batches, _validation_is_due(trainer)
-        loops = checkpoint["loops"]["fit_loop"]
-        done = loops["epoch_loop.batch_progress"]["current"]["processed"]
-        epoch_over = done >= batches and not validation
-        for counts in ("total", "current"):
-            epochs, steps = loops["epoch_progress"][counts], loops["epoch_loop.batch_progress"][counts]
-            whole = epochs["completed"] + epoch_over
-            epochs.update(ready=whole + (not epoch_over), started=whole + (not epoch_over), processed=whole)
-            epochs["completed"] = whole
-            steps.update(dict.fromkeys(steps, steps["processed"]))
-        if epoch_over:
-            current = loops["epoch_loop.batch_progress"]["current"]
-            current.update(dict.fromkeys(current, 0))
-            loops["epoch_loop.batch_progress"]["is_last_batch"] = False
-        evaluated = loops["epoch_loop.val_loop.batch_progress"]
-        for counts in ("total", "current"):
-            evaluated[counts] = dict.fromkeys(evaluated[counts], 0)
-        if validation:  # how Lightning recognises an evaluation that was cut off
-            evaluated["total"].update(ready=1, started=1)
-            evaluated["is_last_batch"] = False
-        # The step that loggers write; it moves after validation.
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - validation
+        Loops(trainer).write_progress(checkpoint)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Let the paths of other callbacks follow a run directory that was moved; and none lead out of it."""
@@ -201,17 +179,3 @@ def requeue() -> None:
         subprocess.run(command, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         print(f"{' '.join(command)}: failed ({first_line(error)})", flush=True)
-
-
-def _ends_by_itself(trainer: L.Trainer) -> bool:
-    """Whether the run stops after the present batch, as `should_stop` alone does not say before trainer.min_epochs."""
-    return trainer.should_stop and trainer.fit_loop._can_stop_early
-
-
-def _validation_is_due(trainer: L.Trainer) -> bool:
-    """Whether validation follows the present batch anyhow: not because the run is about to stop."""
-    stopping, trainer.should_stop = trainer.should_stop, False
-    try:
-        return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # pyright: ignore
-    finally:
-        trainer.should_stop = stopping

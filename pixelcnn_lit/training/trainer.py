@@ -11,12 +11,15 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from pixelcnn_lit.config.build import check
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.optim.schedulers import timers
+from pixelcnn_lit.runs.lightning_internals import (
+    broadcast_no_buffers,
+    clocks,
+    forks_or_spawns,
+    take_signals_away,
+)
 from pixelcnn_lit.runs.machine import fast_bf16, say_threads, take_threads
 
 
@@ -64,22 +67,19 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.15
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # renamed in torch 2.15, not yet in 2.11
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # as it is when a run goes on
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # as it is when a run is resumed
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # see resume.LastCheckpoint
     try:
         trainer = L.Trainer(**settings, **own)
     except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())} (trainer=auto fits any machine)") from error
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if forks_or_spawns(trainer):
         strategy = settings.get("strategy", "auto")
         raise UserError(f"trainer.strategy={strategy}: would fork or spawn this process; type ddp, which starts others")
     if trainer.world_size > 1 and isinstance(settings.get("val_check_interval"), str):
         raise UserError("trainer.val_check_interval: each process has its own clock; type a number of batches, or 1.0")
-    # Its handlers lock, save and broadcast where a signal strikes, and wait for ever for what they interrupted.
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    if isinstance(trainer.strategy, DDPStrategy):
-        # Validation runs through the wrapper; its broadcast of buffers waits for ever for ranks without a batch left.
-        trainer.strategy._ddp_kwargs["broadcast_buffers"] = False
+    take_signals_away(trainer)
+    broadcast_no_buffers(trainer)
     return trainer
 
 
@@ -122,11 +122,11 @@ class TimedProgressBar(TQDMProgressBar):
 
     def init_train_tqdm(self) -> Any:
         bar = super().init_train_tqdm()
-        if timers(self.trainer):
+        if clocks(self.trainer):
             bar.bar_format = self.BAR_FORMAT.replace("<{remaining}", "")
         return bar
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict]:
-        left = [round(seconds) for _, seconds in timers(trainer)]
+        left = [round(seconds) for _, seconds in clocks(trainer)]
         clock = {"left": str(timedelta(seconds=min(left)))} if left else {}
         return clock | super().get_metrics(trainer, pl_module)
