@@ -186,7 +186,7 @@ def live_flops(density: Density, x: Tensor, y: Tensor) -> int:
     """Of forward and backward, without the products of causal convolutions and attention that their masks make zero."""
     dead = 0
 
-    def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(layer: CausalConv2d | PublishedConv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal dead
         products = 2 + inputs[0].requires_grad  # with the kernel, and backward for the kernel and for what came in
         dead += 2 * products * output[:, 0].numel() * layer.weight[..., 0, 0].numel() * int((layer.mask == 0).sum())

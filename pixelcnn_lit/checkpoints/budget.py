@@ -1,10 +1,12 @@
 """A bound on the memory that a constructor may ask for, whatever an untrusted file makes of its settings."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -30,13 +32,15 @@ class MemoryBudget(TorchDispatchMode):
         """False: torch would otherwise import its compiler, for 1.5 seconds, to keep it away from here."""
         return False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.left -= self._asked_for(func, args, kwargs or {})
         if self.left < 0:
             raise MemoryError(f"it asks for more than {self.n_bytes:,} bytes of memory")
         return func(*args, **(kwargs or {}))
 
-    def _asked_for(self, func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+    def _asked_for(self, func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         if all(result.alias_info for result in func._schema.returns):  # a view, or in place
             return 0
         if BOUNDED & set(func.tags):  # by its inputs; and its meta kernel would import torch's compiler

@@ -1,11 +1,11 @@
 """A module from a checkpoint alone."""
 
 import io
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixelcnn_lit.checkpoints.budget import MemoryBudget
 from pixelcnn_lit.checkpoints.int8 import dequantize
@@ -39,7 +39,7 @@ def load_module(path: str, kind: Any, prefix: str = "", without: Collection[str]
     return module.eval()
 
 
-def _built(kind: Any, settings: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+def _built(kind: Callable[..., nn.Module], settings: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     """A module of its settings, with its weights. Settings that ask for far more memory than these do not get it."""
     tensors = [weight for weight in weights.values() if isinstance(weight, Tensor)]
     held = sum(weight.nbytes for weight in tensors)

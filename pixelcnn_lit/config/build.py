@@ -28,7 +28,7 @@ class Range:
     high: float = math.inf
 
 
-def resolve(target: Any, kind: type) -> Callable[..., Any]:
+def resolve(target: object, kind: type) -> Callable[..., Any]:
     """The class `target` if it subclasses `kind`, or the function `target` if it is annotated to return `kind`.
 
     Raises UserError for anything else, in particular for a name that merely can be reached through our modules

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttri
 SAMPLER = "pixelcnn_lit.samplers.draw.draw"
 
 
-def bits(nats: Any) -> Any:
+Nats = TypeVar("Nats", float, Tensor)
+
+
+def bits(nats: Nats) -> Nats:
     """Nats to bits: the one line where the unit changes."""
     return nats / math.log(2)
 

@@ -10,7 +10,7 @@ Training-mode loss: a likelihood.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from pixelcnn_lit.nn.embeddings import ClassEmbedding
 from pixelcnn_lit.nn.layers import (
     CausalConv2d,
     ChannelNorm,
+    Layers,
     PointwiseHead,
     every_earlier_pixel,
     lstm_cell,
@@ -45,7 +46,6 @@ class DiagonalBiLSTM(nn.Module):
 
     train_is_likelihood = True
     no_blind_spot = True
-    layers: Any
 
     def __init__(
         self,
@@ -61,7 +61,9 @@ class DiagonalBiLSTM(nn.Module):
         self.image_size = image_size
         self.first = CausalConv2d(in_channels, hidden_channels, 7, "A")
         self.previous = nn.Conv2d(in_channels, hidden_channels, 1, bias=False)
-        self.layers = nn.ModuleList(DiagonalLayer(hidden_channels, num_classes, dropout) for _ in range(n_residual))
+        self.layers: Layers[DiagonalLayer] = Layers(
+            DiagonalLayer(hidden_channels, num_classes, dropout) for _ in range(n_residual)
+        )
         self.head = PointwiseHead(hidden_channels, out_channels)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class DiagonalStepper:
         self.state = RasterState(len(y), self.skew)
         self.first = net.first.cache(self.state)
         self.previous = net.previous.weight[..., 0, 0].T.contiguous()
-        self.layers = LayerStates(net.layers, y, self.skew)
+        self.layers = LayerStates(list(net.layers), y, self.skew)
         self.state.others.append(self.layers)
         self.head = net.head.stepper()
 
@@ -111,7 +113,6 @@ class DiagonalLayer(nn.Module):
     """
 
     checkpointable = True
-    state_to_state: Any
 
     def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class DiagonalLayer(nn.Module):
         self.norm = ChannelNorm(channels)
         self.input_to_state = nn.Conv2d(channels, 8 * states, 1)  # of the left LSTM, then of the right one
         taps = (nn.Conv1d(states, 4 * states, 2, bias=False) for _ in range(2))  # above and beside, of each LSTM
-        self.state_to_state = nn.ModuleList(taps)
+        self.state_to_state: Layers[nn.Conv1d] = Layers(taps)
         self.embed = ClassEmbedding(num_classes, 8 * states)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Conv2d(states, channels, 1, bias=False)
@@ -176,13 +177,14 @@ class LayerStates:
     right [L,B,W,states]: of the row above.
     """
 
-    def __init__(self, layers: Sequence[Any], y: Tensor, width: int) -> None:
+    def __init__(self, layers: "Sequence[DiagonalLayer]", y: Tensor, width: int) -> None:
         n_states, channels = layers[0].out.in_channels, layers[0].out.out_channels
         zeros, size = layers[0].out.weight.new_zeros, (len(layers), len(y))
         self.norms = [
             (norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in (own.norm for own in layers)
         ]
-        bias = torch.stack([own.input_to_state.bias + own.embed.rows(y) for own in layers])  # [L,B,8*states]
+        biases = [own.embed.rows(y) + own.input_to_state.bias for own in layers]  # pyright: ignore[reportOperatorIssue]
+        bias = torch.stack(biases)  # [L,B,8*states]
         inputs = torch.stack([own.input_to_state.weight[..., 0, 0].T for own in layers])  # [L,channels,8*states]
         left, right = torch.stack([own.matrix() for own in layers], dim=1)  # [L,2*states,4*states] each
         self.bias, self.bias_right = (half.contiguous() for half in bias.chunk(2, dim=-1))

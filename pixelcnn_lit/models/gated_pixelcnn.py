@@ -11,7 +11,7 @@ Receptive field: all earlier pixels up to 3 + n_residual * (kernel_size // 2) ro
 Training-mode loss: a likelihood.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.nn.caches import RasterState, RowCache
 from pixelcnn_lit.nn.embeddings import ClassEmbedding
-from pixelcnn_lit.nn.layers import ChannelNorm, PointwiseHead
+from pixelcnn_lit.nn.layers import ChannelNorm, Layers, PointwiseHead
 from pixelcnn_lit.nn.wavefronts import At
 
 
@@ -40,7 +40,6 @@ class GatedPixelCNN(nn.Module):
 
     train_is_likelihood = True
     no_blind_spot = True
-    layers: Any
 
     def __init__(
         self,
@@ -55,9 +54,12 @@ class GatedPixelCNN(nn.Module):
     ) -> None:
         super().__init__()
         self.image_size = image_size
-        self.layers = nn.ModuleList([GatedLayer(in_channels, hidden_channels, 7, "A", num_classes)])
-        for _ in range(n_residual):
-            self.layers.append(GatedLayer(hidden_channels, hidden_channels, kernel_size, "B", num_classes, dropout))
+        first = GatedLayer(in_channels, hidden_channels, 7, "A", num_classes)
+        others = (
+            GatedLayer(hidden_channels, hidden_channels, kernel_size, "B", num_classes, dropout)
+            for _ in range(n_residual)
+        )
+        self.layers: Layers[GatedLayer] = Layers([first, *others])
         self.head = PointwiseHead(hidden_channels, out_channels)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ class GatedPixelCNN(nn.Module):
         h = torch.zeros(self.image_size, dtype=torch.bool)
         h[i, j] = True
         v = torch.zeros_like(h)
-        for layer in reversed(self.layers):
+        for layer in reversed(list(self.layers)):
             v, h = layer.vertical.receptive_field(v | h), layer.horizontal.receptive_field(h)
         return v | h
 

@@ -10,7 +10,7 @@ Receptive field: every earlier pixel, without a blind spot.
 Training-mode loss: a likelihood.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.nn.caches import RasterState
 from pixelcnn_lit.nn.embeddings import ClassEmbedding
-from pixelcnn_lit.nn.layers import CausalConv2d, PointwiseHead, PreNormBlock, every_earlier_pixel, pixel_before
+from pixelcnn_lit.nn.layers import CausalConv2d, Layers, PointwiseHead, PreNormBlock, every_earlier_pixel, pixel_before
 from pixelcnn_lit.nn.wavefronts import At
 
 
@@ -40,8 +40,6 @@ class PixelAttention(nn.Module):
 
     train_is_likelihood = True
     no_blind_spot = True
-    blocks: Any
-    attention: Any
 
     def __init__(
         self,
@@ -65,9 +63,12 @@ class PixelAttention(nn.Module):
         self.row = nn.Parameter(0.1 * torch.randn(hidden_channels, image_size[0]))
         self.column = nn.Parameter(0.1 * torch.randn(hidden_channels, image_size[1]))
         self.embed = ClassEmbedding(num_classes, hidden_channels)
-        self.blocks = nn.ModuleList(PreNormBlock(hidden_channels, dropout) for _ in range(n_residual))
-        self.attention = nn.ModuleList(PixelSelfAttention(hidden_channels, width, n_heads) for _ in range(n_attention))
-        self.attention_before = [n_residual * (a + 1) // (n_attention + 1) for a in range(n_attention)]  # which blocks
+        self.blocks: Layers[PreNormBlock] = Layers(PreNormBlock(hidden_channels, dropout) for _ in range(n_residual))
+        self.attention: Layers[PixelSelfAttention] = Layers(
+            PixelSelfAttention(hidden_channels, width, n_heads) for _ in range(n_attention)
+        )
+        # The numbers of the blocks before which they stand.
+        self.attention_before = [n_residual * (a + 1) // (n_attention + 1) for a in range(n_attention)]
         self.head = PointwiseHead(hidden_channels, out_channels)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
@@ -81,9 +82,9 @@ class PixelAttention(nn.Module):
         """Return the embedding of each position, [channels,H,W]."""
         return self.row[:, :, None] + self.column[:, None]
 
-    def layers(self) -> list[Any]:
+    def layers(self) -> "list[PreNormBlock | PixelSelfAttention]":
         """Return blocks, and before some of them attention, in the order of `forward`."""
-        ordered = []
+        ordered: list[PreNormBlock | PixelSelfAttention] = []
         for number, block in enumerate(self.blocks):
             places = zip(self.attention_before, self.attention, strict=True)
             ordered += [attention for place, attention in places if place == number]

@@ -10,7 +10,7 @@ Training-mode loss: a likelihood under `norm=layer`; not under `norm=batch`, who
     later pixels included.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.nn.caches import State, TapsCache, WavefrontState
 from pixelcnn_lit.nn.embeddings import ClassEmbedding
-from pixelcnn_lit.nn.layers import CausalConv2d, CausalHead, ChannelNorm, PreNormBlock
+from pixelcnn_lit.nn.layers import CausalConv2d, CausalHead, ChannelNorm, Layers, PreNormBlock
 from pixelcnn_lit.nn.wavefronts import At
 
 
@@ -37,8 +37,6 @@ class PixelCNN(nn.Module):
         torch.Size([3, 7, 5, 4])
     """
 
-    blocks: Any
-
     def __init__(
         self,
         image_size: tuple[int, int],
@@ -55,11 +53,9 @@ class PixelCNN(nn.Module):
         self.train_is_likelihood = norm != "batch"
         self.first = CausalConv2d(in_channels, hidden_channels, 7, "A")
         self.embed = ClassEmbedding(num_classes, hidden_channels)
-        self.blocks = nn.Sequential(
-            *(
-                PublishedBlock(hidden_channels) if norm == "batch" else PreNormBlock(hidden_channels, dropout)
-                for _ in range(n_residual)
-            )
+        self.blocks: Layers[PublishedBlock | PreNormBlock] = Layers(
+            PublishedBlock(hidden_channels) if norm == "batch" else PreNormBlock(hidden_channels, dropout)
+            for _ in range(n_residual)
         )
         last_norm = nn.Identity() if norm == "batch" else ChannelNorm(hidden_channels)
         self.head = CausalHead(hidden_channels, out_channels, last_norm)
@@ -67,7 +63,9 @@ class PixelCNN(nn.Module):
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         h = self.first(h)
         h = h + self.embed(y, h.dtype)
-        return self.head(self.blocks(h))
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
 
     def stepper(self, y: Tensor) -> "PixelCNNStepper":
         return PixelCNNStepper(self, y)

@@ -23,10 +23,16 @@ from torch import Tensor, nn
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.nn.caches import RasterState, RowCache
 from pixelcnn_lit.nn.embeddings import ClassEmbedding
-from pixelcnn_lit.nn.layers import CausalConv2d
+from pixelcnn_lit.nn.layers import CausalConv2d, Layers
 from pixelcnn_lit.nn.wavefronts import At
 
 RESOLUTIONS = 3
+
+
+def dealt(n_residual: int, resolution: int) -> tuple[int, int]:
+    """Return how many of so many blocks the down and the up pass have at a resolution, 0 the finest."""
+    up, down = ((n_residual - 1 - k) // (2 * RESOLUTIONS) + 1 for k in (2 * resolution, 2 * resolution + 1))
+    return down, up
 
 
 class PixelCNNPP(nn.Module):
@@ -48,7 +54,6 @@ class PixelCNNPP(nn.Module):
 
     train_is_likelihood = True
     no_blind_spot = True
-    body: Any
 
     def __init__(
         self,
@@ -65,10 +70,9 @@ class PixelCNNPP(nn.Module):
         self.first_u = ShiftedConv2d(in_channels, hidden_channels, 7)
         self.first_ul = CausalConv2d(in_channels, hidden_channels, 7, "A")
         body = None
-        for r in reversed(range(RESOLUTIONS)):
-            n_up, n_down = ((n_residual - 1 - k) // (2 * RESOLUTIONS) + 1 for k in (2 * r, 2 * r + 1))
-            body = Resolution(n_down, n_up, body, hidden_channels, num_classes, dropout)
-        self.body = body
+        for r in reversed(range(1, RESOLUTIONS)):
+            body = Resolution(*dealt(n_residual, r), body, hidden_channels, num_classes, dropout)
+        self.body = Resolution(*dealt(n_residual, 0), body, hidden_channels, num_classes, dropout)
         self.out = nn.Conv2d(hidden_channels, out_channels, 1)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
@@ -130,14 +134,14 @@ class Resolution(nn.Module):
     So nothing is shifted where the resolution changes: a coarse pixel stands at the first of the four that read it.
     """
 
-    down: Any
-    up: Any
-    coarser: Any
-
-    def __init__(self, n_down: int, n_up: int, coarser: "Resolution | None", channels: int, *own: Any) -> None:
+    def __init__(
+        self, n_down: int, n_up: int, coarser: "Resolution | None", channels: int, num_classes: int, dropout: float
+    ) -> None:
         super().__init__()
-        self.down = nn.ModuleList(BlockPair(False, channels, *own) for _ in range(n_down))
-        self.up = nn.ModuleList(BlockPair(k >= n_up - n_down, channels, *own) for k in range(n_up))
+        self.down: Layers[BlockPair] = Layers(BlockPair(False, channels, num_classes, dropout) for _ in range(n_down))
+        self.up: Layers[BlockPair] = Layers(
+            BlockPair(k >= n_up - n_down, channels, num_classes, dropout) for k in range(n_up)
+        )
         self.coarser = coarser
         if coarser is not None:
             self.shrink_u, self.shrink_ul = (ShiftedConv2d(channels, channels, width, stride=2) for width in (3, 2))
@@ -163,14 +167,14 @@ class Resolution(nn.Module):
 
         Short-cuts add none: what the block at their end reads reaches it along the streams, too.
         """
-        for block in reversed(self.up):
+        for block in reversed(list(self.up)):
             u, ul = block.receptive_field(u, ul)
         if self.coarser is not None:
             coarse = self.grow_u.receptive_field(u), self.grow_ul.receptive_field(ul)
             coarse_u, coarse_ul = self.coarser.receptive_field(*coarse)
             u = u | self.shrink_u.receptive_field(coarse_u, u.shape)
             ul = ul | self.shrink_ul.receptive_field(coarse_ul, ul.shape)
-        for block in reversed(self.down):
+        for block in reversed(list(self.down)):
             u, ul = block.receptive_field(u, ul)
         return u, ul
 
@@ -232,9 +236,10 @@ class BlockPair(nn.Module):
 
     checkpointable = True
 
-    def __init__(self, has_shortcut: bool, *own: Any) -> None:
+    def __init__(self, has_shortcut: bool, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
         self.has_shortcut = has_shortcut
+        own = channels, num_classes, dropout
         self.u, self.ul = GatedBlock(3, int(has_shortcut), *own), GatedBlock(2, 1 + has_shortcut, *own)
 
     def forward(self, u: Tensor, ul: Tensor, y: Tensor, *shortcut: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,10 +261,10 @@ class BlockPairStepper:
         self.u = GatedBlockStepper(pair.u, y, width)
         self.ul = GatedBlockStepper(pair.ul, y, width)
         self.rows = [self.u.conv1, self.u.conv2, self.ul.conv1, self.ul.conv2]
-        self.aux_u = pair.u.aux
-        self.aux_ul = pair.ul.aux
+        self.aux_u = list(pair.u.aux)
+        self.aux_ul = list(pair.ul.aux)
         if self.has_shortcut:
-            self.shortcut = pair.ul.aux[1].weight[..., 0, 0].T.contiguous()
+            self.shortcut = self.aux_ul[1].weight[..., 0, 0].T.contiguous()
 
     def step_u(self, u: Tensor, at: At, shortcut: Tensor | None = None) -> Tensor:
         """u and its short-cut of a whole row, [B,channels,1,W] -> the new u."""
@@ -283,12 +288,10 @@ class GatedBlock(nn.Module):
         n_aux: inputs from elsewhere at the same pixel: of the other stream, or by a short-cut.
     """
 
-    aux: Any
-
     def __init__(self, width: int, n_aux: int, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
         self.conv1 = ShiftedConv2d(2 * channels, channels, width)
-        self.aux = nn.ModuleList(nn.Conv2d(2 * channels, channels, 1, bias=False) for _ in range(n_aux))
+        self.aux: Layers[nn.Conv2d] = Layers(nn.Conv2d(2 * channels, channels, 1, bias=False) for _ in range(n_aux))
         self.dropout = nn.Dropout(dropout)
         self.conv2 = ShiftedConv2d(2 * channels, 2 * channels, width)
         self.embed = ClassEmbedding(num_classes, 2 * channels)

@@ -9,7 +9,7 @@ Receptive field: a triangle that widens by one column a row, all the way up, fro
 Training-mode loss: a likelihood.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.nn.caches import WavefrontState
 from pixelcnn_lit.nn.embeddings import ClassEmbedding
-from pixelcnn_lit.nn.layers import CausalConv2d, ChannelNorm, PointwiseHead, lstm_cell
+from pixelcnn_lit.nn.layers import CausalConv2d, ChannelNorm, Layers, PointwiseHead, lstm_cell
 from pixelcnn_lit.nn.wavefronts import At
 
 
@@ -36,7 +36,6 @@ class RowLSTM(nn.Module):
     """
 
     train_is_likelihood = True
-    layers: Any
 
     def __init__(
         self,
@@ -51,7 +50,9 @@ class RowLSTM(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.first = CausalConv2d(in_channels, hidden_channels, 7, "A")
-        self.layers = nn.ModuleList(RowLSTMLayer(hidden_channels, num_classes, dropout) for _ in range(n_residual))
+        self.layers: Layers[RowLSTMLayer] = Layers(
+            RowLSTMLayer(hidden_channels, num_classes, dropout) for _ in range(n_residual)
+        )
         self.head = PointwiseHead(hidden_channels, out_channels)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class RowLSTM(nn.Module):
     def receptive_field(self, i: int, j: int) -> Tensor:
         seen = torch.zeros(self.image_size, dtype=torch.bool)
         seen[i, j] = True
-        for layer in reversed(self.layers):
+        for layer in reversed(list(self.layers)):
             seen = layer.receptive_field(seen)
         return self.first.receptive_field(seen)
 

@@ -4,7 +4,7 @@ A `RowCache` goes pixel by pixel, a `WavefrontCache` wavefront by wavefront (see
 `WavefrontState` hold all caches of a network, and lead them through an image.
 """
 
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,14 @@ Cache = TypeVar("Cache", bound=TapsCache, covariant=True)
 class State(Protocol[Cache]):
     """All caches of a network: `RasterState` or `WavefrontState`."""
 
-    def cache(self, weight: Tensor, bias: Tensor, mask: Tensor, **norms: Any) -> Cache:
+    def cache(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        mask: Tensor,
+        before: nn.LayerNorm | None = None,
+        after: nn.BatchNorm2d | None = None,
+    ) -> Cache:
         """Make the cache of a convolution, with the norms `before` and `after` it: see `TapsCache`."""
         ...
 
@@ -104,14 +111,21 @@ class RowCache(TapsCache):
     can replay with another column in it.
 
     Args:
-        weight, bias, mask, before: see `TapsCache`.
+        weight, bias, mask, before, after: see `TapsCache`.
         batch, width: of the images.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, mask: Tensor, batch: int, width: int, before: nn.LayerNorm | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        mask: Tensor,
+        batch: int,
+        width: int,
+        before: nn.LayerNorm | None = None,
+        after: nn.BatchNorm2d | None = None,
     ) -> None:
-        super().__init__(weight, bias, mask, batch, before)
+        super().__init__(weight, bias, mask, batch, before, after)
         self.width = width
         self.inputs = weight.new_zeros(batch, width + 2 * self.side, self.rows, self.channels)
         self.offsets = torch.arange(weight.shape[3], device=weight.device)
@@ -181,9 +195,16 @@ class RasterState:
         self.caches: list[RowCache] = []
         self.others: list[Resettable] = []
 
-    def cache(self, weight: Tensor, bias: Tensor, mask: Tensor, **norms: Any) -> RowCache:
-        """Make the cache of a convolution, with the norm `before` it: see `TapsCache`."""
-        made = RowCache(weight, bias, mask, self.batch, self.width, **norms)
+    def cache(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        mask: Tensor,
+        before: nn.LayerNorm | None = None,
+        after: nn.BatchNorm2d | None = None,
+    ) -> RowCache:
+        """Make the cache of a convolution, with the norms `before` and `after` it: see `TapsCache`."""
+        made = RowCache(weight, bias, mask, self.batch, self.width, before, after)
         self.caches.append(made)
         return made
 
@@ -293,9 +314,16 @@ class WavefrontState:
         self.skew = skew
         self.caches: list[WavefrontCache] = []
 
-    def cache(self, weight: Tensor, bias: Tensor, mask: Tensor, **norms: Any) -> WavefrontCache:
+    def cache(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        mask: Tensor,
+        before: nn.LayerNorm | None = None,
+        after: nn.BatchNorm2d | None = None,
+    ) -> WavefrontCache:
         """Make the cache of a convolution, with the norms `before` and `after` it: see `TapsCache`."""
-        made = WavefrontCache(weight, bias, mask, self.batch, self.image_size, self.skew, **norms)
+        made = WavefrontCache(weight, bias, mask, self.batch, self.image_size, self.skew, before, after)
         self.caches.append(made)
         return made
 

@@ -1,13 +1,13 @@
 """How a network reads the levels of an image, and its class."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pixelcnn_lit.nn.layers import Layers
 from pixelcnn_lit.nn.ordinal import OrdinalRows
 from pixelcnn_lit.nn.wavefronts import At
 
@@ -39,7 +39,7 @@ class LevelEmbedding(nn.Module):
         for table in tables:
             nn.init.normal_(table.weight, std=0.3)  # OrdinalRows keeps the size; with 1, equal steps came less far
             parametrize.register_parametrization(table, "weight", OrdinalRows(levels))
-        self.tables: Any = nn.ModuleList(tables)
+        self.tables: Layers[nn.Embedding] = Layers(tables)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Levels uint8 [B,C,H,W] -> [B,out_channels,H,W] in `dtype`, in which rows are computed, too."""

@@ -1,8 +1,9 @@
 """The parts that networks share: causal convolutions, norms that cannot leak, heads."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,14 @@ from pixelcnn_lit.nn.caches import State, TapsCache
 from pixelcnn_lit.nn.wavefronts import At
 
 Cache = TypeVar("Cache", bound=TapsCache)
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class Layers(nn.ModuleList, Generic[Layer]):
+    """A ModuleList that says what its modules are."""
+
+    def __iter__(self) -> Iterator[Layer]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().__iter__()  # pyright: ignore[reportReturnType]
 
 
 class CausalConv2d(nn.Module):
@@ -51,9 +60,11 @@ class CausalConv2d(nn.Module):
         padded = F.pad(x, (0, 0, self.rows - 1, 0))  # above alone: conv2d's own padding would add rows below, too
         return F.conv2d(padded, self.weight * self.mask, self.bias, padding=(0, self.side))
 
-    def cache(self, state: State[Cache], **norms: Any) -> Cache:
+    def cache(
+        self, state: State[Cache], before: nn.LayerNorm | None = None, after: nn.BatchNorm2d | None = None
+    ) -> Cache:
         """Return what computes this convolution step by step, with the norms `before` and `after` it."""
-        return state.cache(self.weight * self.mask, self.bias, self.mask, **norms)
+        return state.cache(self.weight * self.mask, self.bias, self.mask, before, after)
 
     def receptive_field(self, seen: Tensor) -> Tensor:
         """Return the inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""
@@ -195,8 +206,12 @@ class PointwiseHeadStepper:
     """A `PointwiseHead` in steps."""
 
     def __init__(self, head: PointwiseHead) -> None:
-        parts: Any = list(head)
-        norm, _, hidden, _, out = parts
+        norm, _, hidden, _, out = head
+        assert isinstance(norm, ChannelNorm)
+        assert isinstance(hidden, nn.Conv2d)
+        assert isinstance(out, nn.Conv2d)
+        assert hidden.bias is not None
+        assert out.bias is not None
         self.norm = norm.normalized_shape, norm.weight, norm.bias, norm.eps
         self.bias1, self.matrix1 = hidden.bias, hidden.weight[..., 0, 0].T.contiguous()
         self.bias2, self.matrix2 = out.bias, out.weight[..., 0, 0].T.contiguous()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 from torch.optim import AdamW
+from torch.optim.optimizer import ParamsT
 
 from pixelcnn_lit.config.build import Range
 
@@ -33,7 +34,7 @@ class Muon(AdamW):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 5e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,

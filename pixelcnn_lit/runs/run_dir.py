@@ -5,7 +5,7 @@ import os
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -55,7 +55,10 @@ def relative(path: Path | str) -> str:
     return f"./{path}" if path.startswith(("~", "-")) or path == "???" else path
 
 
-def expanded(value: Any) -> Any:
+Value = TypeVar("Value")
+
+
+def expanded(value: Value) -> Value:
     """A path that begins with ~, from the root on; anything else as it is."""
     return os.path.expanduser(value) if isinstance(value, str) else value
 

@@ -72,7 +72,7 @@ def share(
             unfinished -= 1
 
 
-def _pickled(function: Any) -> bytes | None:
+def _pickled(function: object) -> bytes | None:
     with contextlib.suppress(Exception):  # of pickle there are several kinds
         return pickle.dumps(function)
     return None
@@ -162,7 +162,7 @@ def _listen(given: IO[bytes], inbox: SimpleQueue[bytes]) -> None:
     os._exit(0)
 
 
-def _answer(function: Any, argument: Any) -> Any:
+def _answer(function: Any, argument: object) -> object:
     """What a function makes of its argument, or the error that it raises."""
     try:
         return function(argument)
@@ -171,7 +171,7 @@ def _answer(function: Any, argument: Any) -> Any:
         return _Failure(error)
 
 
-def _dumped(answer: Any) -> bytes:
+def _dumped(answer: object) -> bytes:
     try:
         return pickle.dumps(answer)
     except Exception:

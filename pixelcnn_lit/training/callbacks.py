@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,26 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.runs.lightning_internals import validates_by_the_clock
 from pixelcnn_lit.runs.run_dir import relative, seconds_so_far
 from pixelcnn_lit.runs.saved import last_checkpoint
+
+
+def trained(module: L.LightningModule) -> Trainable:
+    """Return the module that Lightning hands to a hook, as what it is."""
+    assert isinstance(module, Trainable)
+    return module
+
+
+def loss_of(outputs: STEP_OUTPUT) -> Tensor:
+    """Return the loss of a training step, as Lightning has it: divided by the number of accumulated batches."""
+    assert isinstance(outputs, Mapping)
+    return outputs["loss"].detach()
 
 
 class Throughput(Callback):
@@ -45,11 +61,17 @@ class Throughput(Callback):
     on_train_epoch_start = on_train_start  # which a run that is resumed inside an epoch does not pass
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
     ) -> None:
         now = time.perf_counter()
         self.seconds, self._start = self.seconds + now - self._start, now
-        self.images += len(batch[0]) * trainer.world_size
+        x, _ = batch
+        self.images += len(x) * trainer.world_size
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -62,7 +84,7 @@ class ValidateAtMaxSteps(Callback):
     """
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         by_epochs = trainer.check_val_every_n_epoch is not None and not validates_by_the_clock(trainer)
         last = batch_idx + 1 == trainer.num_training_batches and trainer.current_epoch + 1 == trainer.max_epochs
@@ -77,15 +99,15 @@ class StopOnNaN(Callback):
         self._broken_at = torch.tensor(-1, device=pl_module.device)  # step; on the device, which need not wait
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
-        broken = ~torch.isfinite(outputs["loss"].detach()) & (self._broken_at < 0)
+        broken = ~torch.isfinite(loss_of(outputs)) & (self._broken_at < 0)
         self._broken_at = torch.where(broken, trainer.global_step, self._broken_at)
         if pl_module.device.type == "cpu" or trainer.global_step % 10 == 0:
             self._refuse(trainer, "the loss", int(self._broken_at))
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        loss = f"val/{pl_module.LOSS}"
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loss = f"val/{trained(pl_module).LOSS}"
         if not math.isfinite(trainer.callback_metrics.get(loss, 0.0)):
             self._refuse(trainer, loss, trainer.global_step)
 
@@ -123,9 +145,9 @@ class TrainingLoss(Callback):
         self._sum_and_batches = torch.zeros(2)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # by which Lightning has divided it
+        loss = loss_of(outputs) * trainer.accumulate_grad_batches  # by which Lightning has divided it
         self._sum_and_batches = self._sum_and_batches.to(loss.device) + torch.stack([loss, torch.ones_like(loss)])
 
     def mean(self) -> float:
@@ -133,8 +155,8 @@ class TrainingLoss(Callback):
         total, batches = self._sum_and_batches.tolist()
         return total / batches if batches else math.nan
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        pl_module.log(f"train/{pl_module.LOSS}", self.mean(), sync_dist=True)
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log(f"train/{trained(pl_module).LOSS}", self.mean(), sync_dist=True)
 
 
 class EpochLine(Callback):
@@ -143,11 +165,11 @@ class EpochLine(Callback):
     def __init__(self, loss: TrainingLoss) -> None:
         self.loss = loss
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
             where = f"epoch {trainer.current_epoch + 1}{last}, step {trainer.global_step}"
-            print(f"{where}: {pl_module.epoch_line(self.loss.mean(), trainer.callback_metrics)}", flush=True)
+            print(f"{where}: {trained(pl_module).epoch_line(self.loss.mean(), trainer.callback_metrics)}", flush=True)
 
 
 class HParams(Callback):
@@ -156,19 +178,21 @@ class HParams(Callback):
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.log_hyperparams(_flat(self.settings), pl_module.best_figure(float("nan")))
+            trainer.logger.log_hyperparams(_flat(self.settings), trained(pl_module).best_figure(float("nan")))
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = trainer.checkpoint_callback
         if trainer.logger and isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
-            trainer.logger.log_metrics(pl_module.best_figure(float(best.best_model_score)), trainer.global_step - 1)
+            trainer.logger.log_metrics(
+                trained(pl_module).best_figure(float(best.best_model_score)), trainer.global_step - 1
+            )
 
     on_fit_end = on_train_epoch_end  # the last score is in by now
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; what is neither number, flag nor text becomes text."""
     flat = {}
     for key, value in config.items():

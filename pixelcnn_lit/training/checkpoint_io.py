@@ -19,7 +19,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     disk) a kill inside the final copy leaves a damaged last.ckpt in place of a good one.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         try:
             with atomic_write(Path(path)) as file:
                 torch.save(checkpoint, file)
@@ -45,7 +45,7 @@ class _Counter:
     def __init__(self) -> None:
         self.bytes = 0
 
-    def write(self, content: Any) -> int:
+    def write(self, content: bytes) -> int:
         self.bytes += len(content)
         return len(content)
 

@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import first_line
@@ -31,7 +32,9 @@ class SeedEveryStep(Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
         key = [self.seed, trainer.current_epoch, batch_idx, trainer.global_rank]
         (drawn,) = np.random.SeedSequence(key).generate_state(1)
         torch.manual_seed(int(drawn))  # of every device
@@ -57,17 +60,17 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.path = last_checkpoint(Path(trainer.default_root_dir))
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._owed = False  # whether the epoch that ends is still to be saved
         self._safe = True  # whether all is saved: a resumed run may begin with a validation
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             remove_partial_files(self.path.parent)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._batches(trainer).skip(Loops(trainer).batches_done)
         note_signals()
 
@@ -75,11 +78,13 @@ class LastCheckpoint(Checkpoint):
     def _batches(trainer: L.Trainer) -> Batches:
         return trainer.train_dataloader.batch_sampler  # pyright: ignore[reportOptionalMemberAccess]
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._batches(trainer).skip(0)
         Loops(trainer).begin_epoch()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
+    ) -> None:
         self._safe = False
         loops = Loops(trainer)
         if loops.accumulates or loops.ends_by_itself:
@@ -120,19 +125,19 @@ class LastCheckpoint(Checkpoint):
             requeue()
         raise Stopped(signum)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn how many batches every process has, the last of which can be missing in some."""
         batches = [sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)]
         fewest = -torch.tensor(batches, device=trainer.strategy.root_device)
         self._common_batches = -int(trainer.strategy.reduce(fewest, reduce_op="max"))  # pyright: ignore
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._safe and batch_idx < self._common_batches:
             self._stop_if_asked(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._safe:
             self._stop_if_asked(trainer)  # a sample grid may have been left unfinished
 
@@ -140,7 +145,7 @@ class LastCheckpoint(Checkpoint):
     on_test_batch_start = on_validation_batch_start
     on_test_end = on_validation_end
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loops = Loops(trainer)
         validation = loops.validation_is_due
         if loops.ends_by_itself and validation:
@@ -150,13 +155,13 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
             self._stop_if_asked(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop_if_asked(trainer)  # the test is still to come
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         Loops(trainer).write_progress(checkpoint)
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the paths of other callbacks follow a run directory that was moved; and none lead out of it."""
         here = self.path.parent
         for state in checkpoint["callbacks"].values():

@@ -15,8 +15,15 @@ from pixelcnn_lit.data.datamodule import ImageData
 from pixelcnn_lit.data.images import first_of_each_class
 from pixelcnn_lit.data.pictures import grid, save
 from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.machine import chosen_threads
 from pixelcnn_lit.runs.signals import Stopped, stop_if_noted
+
+
+def density_of(module: L.LightningModule) -> Density:
+    """Return the density that Lightning's module trains."""
+    assert isinstance(module, DensityModule)
+    return module.density
 
 
 class SampleGrid(Callback):
@@ -36,20 +43,21 @@ class SampleGrid(Callback):
         self.sampler, self.every_n_epochs = dict(sampler), every_n_epochs
         self.threads = chosen_threads(None)  # as `sample` does, and not as many as training
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        pl_module.density.check_sampler(self.sampler)
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        density = density_of(pl_module)
+        density.check_sampler(self.sampler)
         if not trainer.is_global_zero:
             return
         data: ImageData = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        real = first_of_each_class(data.train, pl_module.density.num_classes, self.sampler.get("n_per_class", 1))
-        self._show(trainer, "real", grid(real, pl_module.density.levels))
+        real = first_of_each_class(data.train, density.num_classes, self.sampler.get("n_per_class", 1))
+        self._show(trainer, "real", grid(real, density.levels))
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         due = due and not isinstance(trainer.strategy, FSDPStrategy)  # whose weights lie in pieces until the end
         if due and trainer.is_global_zero and not trainer.sanity_checking:
             with suppress(Stopped):  # LastCheckpoint ends the run, where all processes agree to
-                self.draw(trainer, pl_module.density)
+                self.draw(trainer, density_of(pl_module))
 
     def draw(self, trainer: L.Trainer, density: Density) -> Path:
         """Draw with `density` on the training device; returns the PNG's path. Raises Stopped once a signal is noted."""
