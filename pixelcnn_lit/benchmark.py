@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixelcnn_lit.codec.coder import compress, decompress
 from pixelcnn_lit.codec.format import MAX_BATCH
-from pixelcnn_lit.config.build import Range, build
+from pixelcnn_lit.config.build import build
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.nn.layers import CausalConv2d
@@ -38,7 +39,7 @@ NAIVE_PIXELS = 4  # each costs the same, so a few tell of all
 CACHED_STEPS = 32  # likewise
 PUBLISHED = "as published"
 Timed = dict[str, Callable[[], Any]]
-Size = Annotated[int, Range(1)]
+Size = Annotated[int, Ge(1)]
 
 
 def main(
@@ -46,9 +47,9 @@ def main(
     likelihood: dict[str, Any],
     optimizer: dict[str, Any],
     image_shape: tuple[Size, Size, Size],
-    levels: Annotated[int, Range(2, 256)],
-    batch_size: Annotated[int, Range(1, MAX_BATCH)],
-    rounds: Annotated[int, Range(1)],
+    levels: Annotated[int, Interval(ge=2, le=256)],
+    batch_size: Annotated[int, Interval(ge=1, le=MAX_BATCH)],
+    rounds: Annotated[int, Ge(1)],
     compile: bool,
     threads: Threads,
 ) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import saved_or_given
 from pixelcnn_lit.data.pictures import grid, read_png, save
@@ -30,7 +30,7 @@ def main(
     keep_mask: str | None,
     image: str | None,
     label: int | str | None,
-    n_images: Annotated[int, Range(1)],
+    n_images: Annotated[int, Ge(1)],
     dataset: dict[str, Any],
     sampler: dict[str, Any],
     threads: Threads,

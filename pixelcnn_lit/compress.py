@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 from PIL import Image
 from torch import Tensor
 
 from pixelcnn_lit.codec.coder import compress
 from pixelcnn_lit.codec.format import MAX_BATCH
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.data.datamodule import saved_or_given
 from pixelcnn_lit.data.images import Split, channels_first
@@ -36,8 +36,8 @@ def main(
     ckpt: str,
     images: str,
     out: str,
-    n_images: Annotated[int, Range(0)] | None,
-    batch_size: Annotated[int, Range(1, MAX_BATCH)],
+    n_images: Annotated[int, Ge(0)] | None,
+    batch_size: Annotated[int, Interval(ge=1, le=MAX_BATCH)],
     dataset: dict[str, Any],
     threads: Threads,
 ) -> None:

@@ -13,10 +13,10 @@ import json
 from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import ImageData, image_data, saved_or_given, uniform_bpd
 from pixelcnn_lit.data.images import Split
@@ -35,7 +35,7 @@ def main(
     ckpt: str,
     task: Literal["bpd", "classify", "ood"],
     split: Literal["train", "validation", "test"],
-    n_images: Annotated[int, Range(1)] | None,
+    n_images: Annotated[int, Ge(1)] | None,
     dataset: dict[str, Any],
     trainer: dict[str, Any],
     threads: Threads,

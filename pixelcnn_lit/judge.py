@@ -14,8 +14,8 @@ from itertools import product
 from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import ImageData, saved_or_given
 from pixelcnn_lit.data.pictures import grid, save
@@ -36,7 +36,7 @@ def main(
     classifier_ckpt: str,
     temperatures: list[float],
     guidance_scales: list[float],
-    batch_size: Annotated[int, Range(1)],
+    batch_size: Annotated[int, Ge(1)],
     sampler: dict[str, Any],
     dataset: dict[str, Any],
     threads: Threads,

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
+from annotated_types import Interval
 
-from pixelcnn_lit.config.build import Range, check
+from pixelcnn_lit.config.build import check
 from pixelcnn_lit.data.datamodule import image_data, uniform_bpd
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
@@ -40,7 +41,7 @@ def train(
     sampler: dict[str, Any],  # read by callbacks.samples
     trainer: dict[str, Any],
     callbacks: dict[str, Any],
-    seed: Annotated[int, Range(0, 2**32 - 1)],
+    seed: Annotated[int, Interval(ge=0, le=2**32 - 1)],
     overrides: list[str],  # as typed, for the table of a sweep
     model: dict[str, Any],
     likelihood: dict[str, Any],
@@ -48,7 +49,7 @@ def train(
     scheduler: dict[str, Any] | None,
     threads: Threads = None,
     conditional: bool = True,
-    label_dropout: Annotated[float, Range(0, 1)] = 0.0,
+    label_dropout: Annotated[float, Interval(ge=0, le=1)] = 0.0,
     **own: Any,  # of DensityModule
 ) -> None:
     """Fit in the run's directory, test the best weights, and leave result.json."""

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
+from annotated_types import Interval
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.model_summary.model_summary import summarize
 
-from pixelcnn_lit.config.build import Range, check
+from pixelcnn_lit.config.build import check
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import image_data
 from pixelcnn_lit.data.images import channel_statistics
@@ -39,7 +40,7 @@ def train(
     dataset: dict[str, Any],
     trainer: dict[str, Any],
     callbacks: dict[str, Any],
-    seed: Annotated[int, Range(0, 2**32 - 1)],
+    seed: Annotated[int, Interval(ge=0, le=2**32 - 1)],
     overrides: list[str],  # as typed, for the table of a sweep
     threads: Threads = None,
     **settings: Any,  # of ClassifierModule

@@ -7,12 +7,12 @@ images of any size that leaves something to look at.
 from http.client import HTTPException
 from typing import Annotated
 
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 from torchvision.transforms.v2 import functional as images
 
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError, first_line
 
 Shape = tuple[int, int, int]
@@ -89,8 +89,8 @@ class ResNet(nn.Module):
         self,
         image_shape: Shape,
         num_classes: int,
-        width: Annotated[int, Range(1)] = 32,
-        n_residual: Annotated[int, Range(1, 200)] = 2,
+        width: Annotated[int, Ge(1)] = 32,
+        n_residual: Annotated[int, Interval(ge=1, le=200)] = 2,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False)]

@@ -7,25 +7,14 @@ merely imported: it must be *defined* in one of HOMES, and be of the kind the ca
 import contextlib
 import importlib
 import inspect
-import math
 import types
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from pixelcnn_lit.config.errors import UserError, suggest
+from pixelcnn_lit.config.schema import describe, matches
 
 HOMES = ("pixelcnn_lit.", "torch.optim.", "lightning.pytorch.callbacks.")
-
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-
-
-@dataclass(frozen=True)
-class Range:
-    """Inclusive bounds of a number, used as `Annotated[int, Range(1)]`."""
-
-    low: float = -math.inf
-    high: float = math.inf
 
 
 def resolve(target: object, kind: type) -> Callable[..., Any]:
@@ -113,10 +102,11 @@ def check_values(where: str, function: Callable[..., Any], values: Mapping[str, 
     """Check types and ranges of `values`, as far as the annotations of `function` tell of them."""
     hints = hints_of(function.__init__ if inspect.isclass(function) else function)
     for key, value in values.items():
-        if fits(value, hint := hints.get(key, Any)):
+        hint = hints.get(key, Any)
+        if matches(value, hint):
             continue
         key = f"{where and where + '.'}{key}"
-        quotes = f"; type '{key}=\"...\"'" if value is not None and fits("", hint) else ""
+        quotes = f"; type '{key}=\"...\"'" if value is not None and matches("", hint) else ""
         raise UserError(f"{key}={value}: must be {describe(hint)}{quotes}")
 
 
@@ -133,47 +123,3 @@ def check_parts(settings: Mapping[str, Any]) -> None:
         match settings.get(group):
             case {"_target_": str(target), **values}:
                 check_values(group, resolve(target, kind), values)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value fits a type annotation; an int passes for a float, a bool for neither."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is dict:
-        return isinstance(value, dict)
-    if origin is Annotated:
-        bounds = [extra for extra in arguments[1:] if isinstance(extra, Range)]
-        return fits(value, arguments[0]) and all(value is None or b.low <= value <= b.high for b in bounds)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, option) for option in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is list:
-        return isinstance(value, list) and all(fits(v, arguments[0]) for v in value)
-    if origin is tuple:
-        return isinstance(value, (list, tuple)) and len(value) == len(arguments) and all(map(fits, value, arguments))
-    if hint in (None, type(None)):
-        return value is None
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return not inspect.isclass(hint) or isinstance(value, hint)
-
-
-def describe(hint: Any) -> str:
-    """A type annotation in words."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        bounds = next(extra for extra in arguments[1:] if isinstance(extra, Range))
-        low = f" >= {bounds.low:g}" if bounds.low > -math.inf else ""
-        high = f" <= {bounds.high:g}" if bounds.high < math.inf else ""
-        return describe(arguments[0]) + " and".join(filter(None, (low, high)))
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(option) for option in arguments if option in WORDS or get_origin(option))
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin is list:
-        return f"a list [...], each {describe(arguments[0])}"
-    if origin is tuple:
-        return f"a list of {len(arguments)}, each {describe(arguments[0])}"
-    return WORDS.get(hint, str(hint))

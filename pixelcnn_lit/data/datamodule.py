@@ -8,10 +8,11 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import lightning as L
+from annotated_types import Ge, Interval
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from pixelcnn_lit.checkpoints.read import read_checkpoint, require_same
-from pixelcnn_lit.config.build import Range, check, resolve
+from pixelcnn_lit.config.build import check, resolve
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Images, Split, carve_validation, fingerprint, verify
 from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, loader
@@ -39,15 +40,15 @@ class ImageData(L.LightningDataModule):
         *,
         name: str,
         seed: int = 0,
-        batch_size: Annotated[int, Range(1)] = 128,
-        num_workers: Annotated[int, Range(0)] = 2,
-        validation_fraction: Annotated[float, Range(0, 1)] = 0.1,
-        levels: Annotated[int, Range(2, 256)] | None = None,
+        batch_size: Annotated[int, Ge(1)] = 128,
+        num_workers: Annotated[int, Ge(0)] = 2,
+        validation_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.1,
+        levels: Annotated[int, Interval(ge=2, le=256)] | None = None,
         binarization: Literal["static", "dynamic"] = "static",
-        resize: Annotated[int, Range(1)] | None = None,
-        pad: Annotated[int, Range(0)] = 0,
+        resize: Annotated[int, Ge(1)] | None = None,
+        pad: Annotated[int, Ge(0)] = 0,
         horizontal_flip: bool = False,
-        random_crop: Annotated[int, Range(0)] = 0,
+        random_crop: Annotated[int, Ge(0)] = 0,
     ) -> None:
         super().__init__()
         self.load, self.title, self.seed = load, name, seed

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.nn.ordinal import OrdinalRows
 
 
@@ -33,7 +33,7 @@ class Categorical(nn.Module):
         image_shape: tuple[int, int, int],
         levels: int,
         colour: Literal["autoregressive", "independent"] = "autoregressive",
-        width: Annotated[int, Range(1)] = 64,
+        width: Annotated[int, Ge(1)] = 64,
         ordinal: bool = False,
     ) -> None:
         super().__init__()

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
-
-from pixelcnn_lit.config.build import Range
 
 
 class LogisticMixture(nn.Module):
@@ -28,7 +27,7 @@ class LogisticMixture(nn.Module):
     """
 
     def __init__(
-        self, image_shape: tuple[int, int, int], levels: int, n_mixtures: Annotated[int, Range(1, 1000)] = 10
+        self, image_shape: tuple[int, int, int], levels: int, n_mixtures: Annotated[int, Interval(ge=1, le=1000)] = 10
     ) -> None:
         super().__init__()
         self.channels, self.levels, self.n_mixtures = image_shape[0], levels, n_mixtures

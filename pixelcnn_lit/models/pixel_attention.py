@@ -14,9 +14,9 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.nn.caches import RasterState
 from pixelcnn_lit.nn.embeddings import ClassEmbedding
 from pixelcnn_lit.nn.layers import CausalConv2d, Layers, PointwiseHead, PreNormBlock, every_earlier_pixel, pixel_before
@@ -47,11 +47,11 @@ class PixelAttention(nn.Module):
         in_channels: int,
         num_classes: int,
         out_channels: int,
-        hidden_channels: Annotated[int, Range(1)],
-        n_residual: Annotated[int, Range(1, 1000)],
-        n_attention: Annotated[int, Range(1, 1000)] = 1,
-        n_heads: Annotated[int, Range(1)] = 1,
-        dropout: Annotated[float, Range(0, 0.99)] = 0.0,
+        hidden_channels: Annotated[int, Ge(1)],
+        n_residual: Annotated[int, Interval(ge=1, le=1000)],
+        n_attention: Annotated[int, Interval(ge=1, le=1000)] = 1,
+        n_heads: Annotated[int, Ge(1)] = 1,
+        dropout: Annotated[float, Interval(ge=0, le=0.99)] = 0.0,
     ) -> None:
         super().__init__()
         width = (hidden_channels + 1) // 2

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.nn.caches import RasterState, RowCache
 from pixelcnn_lit.nn.embeddings import ClassEmbedding
 from pixelcnn_lit.nn.layers import CausalConv2d, Layers
@@ -61,9 +61,9 @@ class PixelCNNPP(nn.Module):
         in_channels: int,
         num_classes: int,
         out_channels: int,
-        hidden_channels: Annotated[int, Range(1)],
-        n_residual: Annotated[int, Range(1, 1000)],
-        dropout: Annotated[float, Range(0, 0.99)] = 0.0,
+        hidden_channels: Annotated[int, Ge(1)],
+        n_residual: Annotated[int, Interval(ge=1, le=1000)],
+        dropout: Annotated[float, Interval(ge=0, le=0.99)] = 0.0,
     ) -> None:
         super().__init__()
         self.image_size = image_size

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import lightning as L
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.runs.lightning_internals import FloatAveraging
 
@@ -25,7 +25,7 @@ class EMA(FloatAveraging):
         decay: at most. 0.999 looks back a thousand steps, once ten thousand have been made.
     """
 
-    def __init__(self, decay: Annotated[float, Range(0, 1)] = 0.999) -> None:
+    def __init__(self, decay: Annotated[float, Interval(ge=0, le=1)] = 0.999) -> None:
         @torch.no_grad()
         def average(averages: list[Tensor], weights: list[Tensor], n: Tensor) -> None:
             new = (9 / (n + 9)).clamp_min(1 - decay)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
-
-from pixelcnn_lit.config.build import Range
 
 
 class Muon(AdamW):
@@ -38,7 +37,7 @@ class Muon(AdamW):
         lr: float = 5e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,
-        momentum: Annotated[float, Range(0, 0.9999)] = 0.95,
+        momentum: Annotated[float, Interval(ge=0, le=0.9999)] = 0.95,
     ) -> None:
         super().__init__(params, lr, betas, weight_decay=weight_decay, fused=True)
         self._step_supports_amp_scaling = False  # `fused` sets it, but matrices need gradients that are unscaled before

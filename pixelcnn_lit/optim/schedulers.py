@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Interval
 from torch import nn, optim
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from pixelcnn_lit.config.build import Range, build, inspect_config, resolve
+from pixelcnn_lit.config.build import build, inspect_config, resolve
 from pixelcnn_lit.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ class WarmupCosine(LambdaLR):
         optimizer: Optimizer,
         total_steps: int,
         time_share: Callable[[], float] = lambda: 0.0,
-        warmup: Annotated[float, Range(0, 1)] = 0.05,
-        hold: Annotated[float, Range(0, 1)] = 0.0,
+        warmup: Annotated[float, Interval(ge=0, le=1)] = 0.05,
+        hold: Annotated[float, Interval(ge=0, le=1)] = 0.0,
     ) -> None:
         last, self.began = total_steps - 1, 0.0
         up = max(0.0, warmup * total_steps - 1)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import nn
 
-from pixelcnn_lit.config.build import Range
-
 MOST_THREADS = 1024
-Threads = Annotated[int, Range(1, MOST_THREADS)] | None  # as a command takes them: see `chosen_threads`
+Threads = Annotated[int, Interval(ge=1, le=MOST_THREADS)] | None  # as a command takes them: see `chosen_threads`
 # `step_work` from which on several threads are worth it. Beside four other programs on two cores, a training step on
 # two threads was 0.2 to 0.35 times as fast as on one up to 2e10, 0.6 at 4e10, and 0.8 at 1e11; alone on them it gains.
 LARGE = 5e10

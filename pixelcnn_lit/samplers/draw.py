@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.models.protocols import ImageDensity
 from pixelcnn_lit.nn.noise import uniform
@@ -61,15 +61,15 @@ def draw(
     request: Request,
     *,
     method: Literal["naive", "cached", "fixed_point"] = "cached",
-    n_per_class: Annotated[int, Range(1)] = 1,
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0,
-    temperature: Annotated[float, Range(0.001)] = 1.0,
-    top_k: Annotated[int | None, Range(1)] = None,
-    top_p: Annotated[float, Range(0.001, 1)] = 1.0,
-    guidance_scale: Annotated[float, Range(0, 100)] = 1.0,
-    mix_with: Annotated[int | None, Range(0)] = None,
-    mix_weight: Annotated[float, Range(0.001, 0.999)] = 0.5,
-    batch_size: Annotated[int, Range(1)] = 64,
+    n_per_class: Annotated[int, Ge(1)] = 1,
+    seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = 0,
+    temperature: Annotated[float, Ge(0.001)] = 1.0,
+    top_k: Annotated[int | None, Ge(1)] = None,
+    top_p: Annotated[float, Interval(ge=0.001, le=1)] = 1.0,
+    guidance_scale: Annotated[float, Interval(ge=0, le=100)] = 1.0,
+    mix_with: Annotated[int | None, Ge(0)] = None,
+    mix_weight: Annotated[float, Interval(ge=0.001, le=0.999)] = 0.5,
+    batch_size: Annotated[int, Ge(1)] = 64,
     bf16: bool = False,
 ) -> Tensor:
     """Images of each class asked for: uint8 [K,n_per_class,C,H,W].

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import lightning as L
 import numpy as np
 import torch
+from annotated_types import Ge
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from pixelcnn_lit.config.build import Range
 from pixelcnn_lit.config.errors import first_line
 from pixelcnn_lit.data.loader import Batches
 from pixelcnn_lit.runs.atomic import remove_partial_files
@@ -56,7 +56,7 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(
-        self, every_n_minutes: Annotated[float, Range(0)] = 10.0, every_n_steps: Annotated[int, Range(1)] | None = None
+        self, every_n_minutes: Annotated[float, Ge(0)] = 10.0, every_n_steps: Annotated[int, Ge(1)] | None = None
     ) -> None:
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
+from annotated_types import Ge
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
-from pixelcnn_lit.config.build import Range, inspect_config
+from pixelcnn_lit.config.build import inspect_config
 from pixelcnn_lit.data.datamodule import ImageData
 from pixelcnn_lit.data.images import first_of_each_class
 from pixelcnn_lit.data.pictures import grid, save
@@ -38,7 +39,7 @@ class SampleGrid(Callback):
         every_n_epochs: 0 draws at the end alone.
     """
 
-    def __init__(self, sampler: dict[str, Any], every_n_epochs: Annotated[int, Range(0)] = 10) -> None:
+    def __init__(self, sampler: dict[str, Any], every_n_epochs: Annotated[int, Ge(0)] = 10) -> None:
         inspect_config("sampler", sampler, Tensor, ["request"])  # now, not after hours of training
         self.sampler, self.every_n_epochs = dict(sampler), every_n_epochs
         self.threads = chosen_threads(None)  # as `sample` does, and not as many as training
