@@ -1,4 +1,4 @@
-"""How fast this machine trains and samples, as ratios measured side by side in one run; no figure is stored in code."""
+"""Measure how fast this machine trains and samples, as ratios side by side in one run; no figure is stored in code."""
 
 from pixelcnn_lit.runs.launch import launch
 
@@ -184,7 +184,7 @@ def training_rows(
 
 
 def live_flops(density: Density, x: Tensor, y: Tensor) -> int:
-    """Of forward and backward, without the products of causal convolutions and attention that their masks make zero."""
+    """Count the operations of forward and backward, without the products that masks make zero."""
     dead = 0
 
     def count(layer: CausalConv2d | PublishedConv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -201,7 +201,7 @@ def live_flops(density: Density, x: Tensor, y: Tensor) -> int:
 
 
 def dead_attention(counted: dict[Any, int], pixels: int) -> int:
-    """Of causal attention: the products with later pixels, and what its backward pass computes a second time."""
+    """Count, of causal attention, the products with later pixels, and what its backward pass computes a second time."""
     flops = {str(op): n for op, n in counted.items() if "scaled_dot_product" in str(op)}
     forward = sum(n for op, n in flops.items() if "backward" not in op)
     return sum(flops.values()) - 3 * forward * (pixels + 1) // (2 * pixels)
@@ -246,7 +246,7 @@ def sampling_rows(density: Density, x: Tensor, y: Tensor, rounds: int) -> dict[s
 
 
 def n_steps(density: Density, y: Tensor) -> int:
-    """How many steps an image takes."""
+    """Return how many steps an image takes."""
     _, height, width = density.image_shape
     return sum(1 for _ in steps(height, width, density.stepper(y).skew))
 
@@ -282,7 +282,7 @@ def _on(threads: int, run: Callable[[], Any]) -> None:
 
 
 def stepwise(density: Density, model: GuidedModel, pick: Pick, x: Tensor) -> Timed:
-    """What goes through images step by step: the cached sampler, and the codec."""
+    """Return what goes through images step by step: the cached sampler, and the codec."""
     half = GuidedModel(half_precision(density), model.y)
     canvas, images = torch.zeros_like(x), Split(x.cpu(), model.y.cpu())
     file = compress(density, images, len(x)).content

@@ -83,7 +83,7 @@ def half(keep: str, image_shape: tuple[int, ...]) -> Tensor:
 
 
 def is_beginning(known: Tensor) -> bool:
-    """Whether all known pixels of bool [H,W] precede all others: only then is the rest drawn from p(rest | known)."""
+    """Return whether the known pixels of bool [H,W] precede all others: only then is the rest drawn given them."""
     n = int(known.sum())
     return bool(known.flatten()[:n].all())
 

@@ -1,5 +1,8 @@
 """What the README shows is real: its examples keep the laws, its commands compose, its pictures are there."""
 
+import doctest
+import importlib
+import math
 import os
 import re
 import shlex
@@ -8,8 +11,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
+from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.runs.command import CONF
 from pixelcnn_lit.runs.saved import WEIGHTS
 
@@ -104,3 +109,51 @@ def test_every_test_that_the_readme_names_exists():
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
     assert len(named) > 5
     assert all(f"def {name}" in sources for name in named), named
+
+
+PACKAGE = ROOT / "pixelcnn_lit"
+EXAMPLES = [path for path in sorted(PACKAGE.rglob("*.py")) if ">>>" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_in_docstrings_do_what_they_say(path):
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
+
+
+def test_the_public_api_does_what_its_page_says():
+    """With the letters of pixelcnn_lit's own docstring."""
+    import pixelcnn_lit
+
+    model = pixelcnn_lit.load("mnist")
+    images = model.sample(n_per_class=2, classes=[3, "7"], temperature=0.9, guidance_scale=2.0, seed=0)
+    assert (images.shape, images.dtype) == ((2, 2, 1, 28, 28), torch.uint8)
+    x, y = images.flatten(0, 1), torch.tensor([3, 3, 7, 7])
+    bits = model.bits_per_pixel(x, y)
+    assert torch.allclose(bits.sum((1, 2)), model.nats(x, y) / math.log(2))
+    known = torch.zeros(28, 28, dtype=torch.bool)
+    known[:14] = True
+    filled = model.complete(x, known, y, n=2, seed=0)
+    assert filled.shape == (4, 2, 1, 28, 28)
+    assert torch.equal(filled[..., :14, :], x[:, None, :, :14].expand(-1, 2, -1, -1, -1))
+    for wrong in (x.float(), x[:, :, 1:], x[:1].repeat(2, 3, 1, 1)):
+        with pytest.raises(UserError, match="x: "):
+            model.nats(wrong, y[: len(wrong)])
+    with pytest.raises(UserError, match="y: classes 3 to 11"):
+        model.nats(x[:2], torch.tensor([3, 11]))
+    with pytest.raises(UserError, match="this model was trained on"):
+        model.sample(classes=["cat"])
+    with pytest.raises(UserError, match=r"sampler\.temperature=0: must be a number >= 0\.001"):
+        model.sample(temperature=0)
+
+
+def test_load_and_sample_import_no_lightning(tmp_path, children):
+    heavy = {"lightning", "torchvision", "torchmetrics", "matplotlib", "torch._dynamo"}
+    code = (
+        "import sys, pixelcnn_lit; assert 'torch' not in sys.modules; pixelcnn_lit.load('mnist').sample(classes=[1]);"
+    )
+    code += f"sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    asked = children.popen(tmp_path, "-c", code)
+    assert asked.wait(60) == 0, asked.output()

@@ -88,7 +88,7 @@ def platform_tag(device: torch.device) -> str:
 
 
 def class_bits(model: Density) -> float:
-    """Of one image's class."""
+    """Return the bits of one image's class."""
     return math.log2(len(model.classes))
 
 

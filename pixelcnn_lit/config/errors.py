@@ -61,7 +61,7 @@ def _names(settings: Mapping[str, Any], nested: bool, inside: str = "") -> Itera
 
 
 def _likeness(key: str, name: str) -> tuple[float, float]:
-    """How like one setting is to another: their last parts, which people remember, and of those alike the whole."""
+    """Return how like two settings are: their last parts, which people remember, and of those alike the whole."""
     last, name_last = (dotted.rpartition(".")[2] for dotted in (key, name))
     return _ratio(last, name_last), _ratio(key, name) if "." in key else 0.0
 
@@ -118,18 +118,18 @@ def explain(error: BaseException | None, settings: Callable[[], Mapping[str, Any
 
 
 def _is(error: BaseException, name: str) -> bool:
-    """Whether its class is one of torch or Lightning so named, which are not imported to ask."""
+    """Return whether its class is one of torch or Lightning so named, which are not imported to ask."""
     return any(c.__name__ == name and c.__module__.startswith(("torch", "lightning")) for c in type(error).__mro__)
 
 
 def _raised_by_lightning(error: BaseException) -> bool:
-    """Whether Lightning itself refuses: it has no error class of its own for a wrong setting."""
+    """Return whether Lightning itself refuses: it has no error class of its own for a wrong setting."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("lightning.")
 
 
 def _first(error: BaseException) -> BaseException | None:
-    """What OmegaConf's error was raised about, which it keeps as its context alone."""
+    """Return what OmegaConf's error was raised about, which it keeps as its context alone."""
     while error.__context__:
         error = error.__context__
     return None if isinstance(error, InterpolationResolutionError) else error

@@ -1,4 +1,4 @@
-"""What can be typed for a text that Hydra shall read as it is."""
+"""Text as it is typed, so that Hydra reads it as it is."""
 
 import re
 from typing import TYPE_CHECKING, Any

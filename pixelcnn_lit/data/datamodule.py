@@ -101,7 +101,7 @@ class ImageData(L.LightningDataModule):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What network and likelihood are built from; stored in the checkpoint."""
+        """Return what network and likelihood are built from; stored in the checkpoint."""
         values = (list(self.train.x.shape[1:]), len(self.class_names), self.levels, list(self.class_names))
         return dict(zip(self.FACTS, values, strict=True))
 
@@ -129,7 +129,7 @@ class ImageData(L.LightningDataModule):
         return self._fingerprints
 
     def changed_since(self, checkpoint: dict[str, Any], *splits: str) -> str | None:
-        """What is different about the first of these splits that is not as in a checkpoint's run, if that is known."""
+        """Return what differs in the first of these splits that is not as in a checkpoint's run, if that is known."""
         kept = checkpoint.get(type(self).__qualname__)
         before = kept if isinstance(kept, dict) else {}  # it has none if it is from before there were fingerprints
         for name in splits:

@@ -1,4 +1,4 @@
-"""What a source of images hands over, and what is asked of it."""
+"""The images that a source hands over, and checks of them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Images:
 
 
 def fingerprint(split: Split) -> str:
-    """How many images, and a checksum of these and of their classes, in their order."""
+    """Return how many images, and a checksum of these and of their classes, in their order."""
     checksum = hashlib.sha256(f"{list(split.x.shape)}".encode())
     for part in (split.x, split.y):
         checksum.update(part.reshape(-1).numpy().data)

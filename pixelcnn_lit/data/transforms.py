@@ -1,4 +1,4 @@
-"""What changes images: once at loading, or anew in each batch."""
+"""Changes of images: once at loading, or anew in each batch."""
 
 import torch
 from torch import Tensor

@@ -72,7 +72,7 @@ class ClassifierModule(Trainable):
         return ((x.float() / (self.levels - 1) - self.mean) / self.std).to(self.mean.dtype)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head reads of images uint8 [B,C,H,W]: [B,F]."""
+        """Return what the head reads of images uint8 [B,C,H,W]: [B,F]."""
         return self.net.body(self.scaled(x))
 
     def forward(self, x: Tensor) -> Tensor:

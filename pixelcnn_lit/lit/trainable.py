@@ -1,4 +1,4 @@
-"""What a run trains."""
+"""The contract of the modules that a run trains."""
 
 from typing import Any
 

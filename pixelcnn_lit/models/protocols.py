@@ -14,7 +14,7 @@ from pixelcnn_lit.nn.wavefronts import At
 
 
 class Embedding(Protocol):
-    """How levels are read: a module made of `channels`, `levels` and its own settings, `model.embedding`.
+    """A module that reads levels, made of `channels`, `levels` and its own settings, `model.embedding`.
 
     What it makes of a pixel may depend on that pixel and on earlier ones.
     """
@@ -82,7 +82,7 @@ class SteppableNetwork(Network, Protocol):
 
 
 class Likelihood(Protocol):
-    """What happens inside one pixel, channel by channel.
+    """The distribution inside one pixel, channel by channel.
 
     Made of `image_shape`, `levels` and its own settings before the network, which it tells its width.
     """
@@ -99,7 +99,7 @@ class Likelihood(Protocol):
 
 
 class ImageDensity(Protocol):
-    """What a sampler asks of a model: `pixelcnn_lit.density.density.Density`."""
+    """The part of a model that a sampler sees: `pixelcnn_lit.density.density.Density`."""
 
     embedding: Embedding
     network: Network

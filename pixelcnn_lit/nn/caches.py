@@ -46,7 +46,7 @@ class TapsCache:
         self.norm = before and (before.normalized_shape, before.weight, before.bias, before.eps)
 
     def slot(self, at: At) -> Tensor:
-        """Where the inputs at a step go, [...,n,in]."""
+        """Return where the inputs at a step go, [...,n,in]."""
         raise NotImplementedError
 
     def taps(self, at: At) -> Tensor:
@@ -174,7 +174,7 @@ class RowCache(TapsCache):
 
 
 class Resettable(Protocol):
-    """What a `RasterState` leads through an image."""
+    """A cache that a `RasterState` leads through an image."""
 
     def reset(self) -> None: ...
 
@@ -271,7 +271,7 @@ class WavefrontCache(TapsCache):
         self.all_buffers = [(self.bias[: n * batch], self.result[: n * batch]) for n in range(longest + 1)]
 
     def address(self, at: At) -> int:
-        """Where the taps of the wavefront's highest pixel begin, in the first image."""
+        """Return where the taps of the wavefront's highest pixel begin, in the first image."""
         row, time = at.wavefront.row - self.top, at.wavefront.time - self.skew * self.top
         return self.batch * row * self.line + time * self.column
 

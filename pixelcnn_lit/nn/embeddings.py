@@ -1,4 +1,4 @@
-"""How a network reads the levels of an image, and its class."""
+"""Embeddings of the levels of an image, and of its class."""
 
 from collections.abc import Callable
 
@@ -52,7 +52,7 @@ class LevelEmbedding(nn.Module):
         return lambda previous, at: _look_up(rows, first, previous)
 
     def _rows(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What each level is read as, [C*V,1+width], and where the rows of each channel begin, [C]."""
+        """Return what each level is read as, [C*V,1+width], and where the rows of each channel begin, [C]."""
         numbers = torch.arange(self.levels, dtype=dtype, device=device)[:, None] * (2 / (self.levels - 1)) - 1
         with torch.autocast(device.type, enabled=False):  # training and scoring read the same rows
             rows = [torch.cat([numbers, table.weight.to(dtype)], dim=1) for table in self.tables]

@@ -26,7 +26,7 @@ class OrdinalRows(nn.Module):
         return free + self.cosines.to(smooth) @ smooth  # FSDP casts parameters, and moves nothing else
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Where training starts: no free rows, and smooth ones as large as those of `weight`."""
+        """Return where training starts: no free rows, and smooth ones as large as those of `weight`."""
         gain = self.cosines.square().sum(1).mean().sqrt()
         smooth = torch.randn(self.cosines.shape[1], weight.shape[1], device=weight.device)
         return torch.zeros_like(weight), smooth * weight.std() / gain

@@ -28,7 +28,7 @@ class Wavefront(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class At:
-    """Where a step computes, with all that a layer may ask for: a pixel, and the wavefront whose lowest pixel it is.
+    """The place of a step, with all that a layer may ask for: a pixel, and the wavefront whose lowest pixel it is.
 
     Args:
         row, column: of the pixel. width: of the image.
@@ -53,7 +53,7 @@ class At:
 
     @property
     def position(self) -> int:
-        """Of the pixel in raster order."""
+        """The place of the pixel in raster order."""
         return self.row * self.width + self.column
 
     @property

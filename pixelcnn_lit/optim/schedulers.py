@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def optimization(
     module: "L.LightningModule", optimizer: dict[str, Any], scheduler: dict[str, Any] | None, monitor: str
 ) -> dict[str, Any]:
-    """What a module's `configure_optimizers` returns, from the configs of optimizer and scheduler.
+    """Return what a module's `configure_optimizers` returns, from the configs of optimizer and scheduler.
 
     A scheduler that takes `total_steps` moves every step, any other every epoch; one that takes `time_share` learns how
     much of trainer.max_time is over; ReduceLROnPlateau reads `monitor`, and moves when that has been validated.
@@ -74,7 +74,7 @@ def _clocks(trainer: "L.Trainer") -> list[tuple[float, float]]:
 
 
 def _time_share(trainer: "L.Trainer") -> float:
-    """How much of trainer.max_time is over; 0 without one. Every process gets the first one's."""
+    """Return how much of trainer.max_time is over; 0 without one. Every process gets the first one's."""
     shares = [over / max(over + left, 1e-9) for over, left in _clocks(trainer)]
     return trainer.strategy.broadcast(max(shares)) if shares else 0.0
 

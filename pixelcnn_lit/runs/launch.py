@@ -1,4 +1,4 @@
-"""How each command begins. Nothing heavy is imported here: see `launch`."""
+"""The beginning of each command. Nothing heavy is imported here: see `launch`."""
 
 import sys
 

@@ -38,7 +38,7 @@ class Loops:
 
     @property
     def batches_done(self) -> int:
-        """Of the present epoch."""
+        """Batches of the present epoch that are done."""
         return self.epoch.batch_progress.current.completed
 
     @property
@@ -100,7 +100,7 @@ class Loops:
 
 
 def validates_by_the_clock(trainer: L.Trainer) -> bool:
-    """Whether validations follow the time, trainer.val_check_interval="00:01:00:00"."""
+    """Return whether validations follow the time, trainer.val_check_interval="00:01:00:00"."""
     return trainer._val_check_time_interval is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -112,7 +112,7 @@ def clocks(trainer: L.Trainer) -> list[tuple[float, float]]:
 
 
 def forks_or_spawns(trainer: L.Trainer) -> bool:
-    """Whether its strategy would copy this process, and not start others from the command line."""
+    """Return whether its strategy would copy this process, and not start others from the command line."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 

@@ -1,4 +1,4 @@
-"""What the machine is fast at, and how much of it a command takes."""
+"""The machine: what it is fast at, and how much of it a command takes."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ LARGE = 5e10
 
 
 def fast_bf16(accelerator: str) -> bool:
-    """Whether bf16 is native there: CUDA since Ampere; CPUs with AMX or AVX-512 BF16. Apple's GPUs train in float32."""
+    """Return whether bf16 is native: CUDA since Ampere; CPUs with AMX or AVX-512 BF16. Apple's GPUs train in float32."""
     if accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator != "cpu" and torch.backends.mps.is_available():
@@ -27,12 +27,12 @@ def fast_bf16(accelerator: str) -> bool:
 
 
 def best_device() -> torch.device:
-    """Where to sample: the accelerator of this machine, if it has one."""
+    """Return where to sample: the accelerator of this machine, if it has one."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
+    """Return how many CPU cores this process may use."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no container, or one without a limit
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
@@ -41,7 +41,7 @@ def cores() -> int:
 
 
 def chosen_threads(typed: int | None, work: float = 0, processes: int = 1) -> int:
-    """How many threads of the CPU each of the `processes` takes.
+    """Return how many threads of the CPU each of the `processes` takes.
 
     That is the number `typed`; or OMP_NUM_THREADS; or one, and of `work` that is LARGE all cores that are a process's
     share. Never what the machine has to spare just now: the order of sums, and so their last bits, depend on it.
@@ -78,7 +78,7 @@ def on_threads(threads: int) -> Iterator[None]:
 
 
 def processes_of(threads: int) -> int:
-    """How many processes of so many threads the machine has cores for."""
+    """Return how many processes of so many threads the machine has cores for."""
     return max(1, cores() // threads)
 
 

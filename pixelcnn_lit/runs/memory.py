@@ -1,4 +1,4 @@
-"""How malloc treats the memory of tensors that are gone."""
+"""Memory of tensors that are gone, kept for those that come."""
 
 import contextlib
 import ctypes

@@ -1,10 +1,10 @@
-"""How fast several processes make something together."""
+"""The pace of several processes together."""
 
 from collections import defaultdict
 
 
 class Pace:
-    """How fast images are drawn, by this process and perhaps others beside it.
+    """The pace at which images are drawn, by this process and perhaps others beside it.
 
     Each is timed while it draws, and their rates are added: how long it takes another to start is not in them.
     """

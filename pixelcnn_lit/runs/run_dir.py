@@ -19,7 +19,7 @@ def run_dir() -> Path:
 
 
 def typed() -> list[str]:
-    """What was typed for the job that runs, word for word: Hydra's list of it would resolve what looks like ${...}."""
+    """Return what was typed for the job, word for word: Hydra's list of it would resolve what looks like ${...}."""
     return OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # pyright: ignore
 
 

@@ -1,4 +1,4 @@
-"""Which run is resumed, from where, and with which settings."""
+"""Saved runs: which is resumed, from where, and with which settings."""
 
 import contextlib
 import os
@@ -99,7 +99,7 @@ def lock(directory: Path) -> Iterator[None]:
 
 
 def typed_settings() -> list[str]:
-    """What was typed that is a setting of the run."""
+    """Return what was typed that is a setting of the run."""
     parsed = OverridesParser.create().parse_overrides(typed())
     return [text for text, o in zip(typed(), parsed, strict=True) if o.key_or_group not in NOT_SAVED]
 
@@ -157,7 +157,7 @@ def _changed(
 
 
 def _is_in(name: str, key: str) -> bool:
-    """Whether a flat key is `key`, or lies inside it, as settings do that an interpolation brought."""
+    """Return whether a flat key is `key`, or lies inside it, as settings do that an interpolation brought."""
     return name == key or name.startswith(f"{key}.")
 
 

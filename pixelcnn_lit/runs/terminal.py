@@ -1,4 +1,4 @@
-"""What a terminal shows, in any encoding."""
+"""Output on a terminal, in any encoding."""
 
 import io
 import sys

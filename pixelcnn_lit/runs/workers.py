@@ -27,7 +27,7 @@ LENGTH = struct.Struct("<Q")  # of a message in a pipe, in bytes
 
 
 class _Failure(NamedTuple):
-    """What comes in the place of an answer."""
+    """An error, in the place of an answer."""
 
     error: BaseException
 
@@ -163,7 +163,7 @@ def _listen(given: IO[bytes], inbox: SimpleQueue[bytes]) -> None:
 
 
 def _answer(function: Any, argument: object) -> object:
-    """What a function makes of its argument, or the error that it raises."""
+    """Return what a function makes of its argument, or the error that it raises."""
     try:
         return function(argument)
     except Exception as error:

@@ -35,7 +35,7 @@ from pixelcnn_lit.samplers.walk import GuidedModel, Watch, eval_mode, fixed_poin
 
 @dataclass(frozen=True)
 class Request:
-    """What a sampler is asked for, beside its own settings.
+    """A request to a sampler, beside its own settings.
 
     Args:
         density: the model.

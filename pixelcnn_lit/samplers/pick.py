@@ -1,4 +1,4 @@
-"""What a pixel becomes: the inverse of its cumulative distribution at its noise."""
+"""The level of a pixel: the inverse of its cumulative distribution at its noise."""
 
 import math
 
@@ -17,7 +17,7 @@ def picker(
     top_k: int | None = None,
     top_p: float = 1.0,
 ) -> Pick:
-    """What fills in pixels: draws at the noise u float64 [B,C,H,W], but `image` where it is `known`, bool [H,W]."""
+    """Return a `Pick` that draws at the noise u float64 [B,C,H,W], but `image` where it is `known`, bool [H,W]."""
     noise = u.flatten(2)
 
     def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:

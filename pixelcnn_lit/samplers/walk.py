@@ -17,7 +17,7 @@ Watch = Callable[[int], object]  # called with the number of pixels that a step 
 
 
 class Pick(Protocol):
-    """What decides the levels of pixels."""
+    """A function that decides the levels of pixels."""
 
     def __call__(self, logits: Tensor, c: int, pixels: slice, /) -> Tensor:
         """Logits [B,V,n] of channel c of pixels, a slice of all in raster order -> levels [B,n]."""

@@ -11,7 +11,7 @@ from pixelcnn_lit.runs.terminal import progress
 
 
 class Scores(NamedTuple):
-    """Of p(y | x) on labelled images.
+    """Scores of p(y | x) on labelled images.
 
     accuracy: share of them whose class is the likeliest. nll: mean -log p of the class, in nats. calibration_error: how
     far confidence is from accuracy (Guo et al. 2017, arXiv 1706.04599, equation 3, in 15 bins).
@@ -34,7 +34,7 @@ def class_log_likelihoods(model: Density, x: Tensor, batch_size: int) -> Tensor:
 
 
 def class_prior(y: Tensor, num_classes: int) -> Tensor:
-    """How often each class is among y [N]: float64 [num_classes]."""
+    """Return how often each class is among y [N]: float64 [num_classes]."""
     return torch.bincount(y, minlength=num_classes).double() / len(y)
 
 
@@ -49,7 +49,7 @@ def posterior(log_likelihoods: Tensor, prior: Tensor) -> Tensor:
 
 
 def score(log_posterior: Tensor, y: Tensor) -> Scores:
-    """Of log p(y | x) [N,num_classes] and the classes y [N]."""
+    """Score log p(y | x) [N,num_classes] and the classes y [N]."""
     num_classes = log_posterior.shape[1]
     right = (log_posterior.argmax(1) == y).double().mean()
     nll = -log_posterior.gather(1, y[:, None]).mean()

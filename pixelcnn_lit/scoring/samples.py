@@ -1,4 +1,4 @@
-"""What a classifier has to say of images that were drawn for a class: see SampleScores.
+"""Samples judged by a classifier: see `SampleScores`.
 
 Distances are between features, which the classifier's head reads, of the images and of the training set:
 
@@ -28,7 +28,7 @@ class Features(NamedTuple):
 
 
 class SampleScores(NamedTuple):
-    """Of images that were drawn for a class.
+    """Scores of images that were drawn for a class.
 
     consistency: share of them that the judge takes for that class; consistency_per_class. confusion
     [num_classes,num_classes]: how many of a class (row) it takes for which (column). frechet, kernel: distances from
@@ -53,7 +53,7 @@ def read(judge: ClassifierModule, x: Tensor, batch_size: int) -> Features:
 
 
 def verdict(drawn: Features, y: Tensor, training: Features, num_classes: int, n_compared: int) -> SampleScores:
-    """Of images drawn for the classes y [N], beside the training images.
+    """Score images drawn for the classes y [N], beside the training images.
 
     Distances are of the first `n_compared` images of each class, since they depend on the number of images.
     """

@@ -1,4 +1,4 @@
-"""What happens beside training: a stopwatch, guards, a line an epoch, hyperparameters in TensorBoard."""
+"""Callbacks beside training: a stopwatch, guards, a line an epoch, hyperparameters in TensorBoard."""
 
 import math
 import time
@@ -151,7 +151,7 @@ class TrainingLoss(Callback):
         self._sum_and_batches = self._sum_and_batches.to(loss.device) + torch.stack([loss, torch.ones_like(loss)])
 
     def mean(self) -> float:
-        """Of the epoch so far."""
+        """Return the mean of the epoch so far."""
         total, batches = self._sum_and_batches.tolist()
         return total / batches if batches else math.nan
 

@@ -36,7 +36,7 @@ from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_
 
 
 class Fitted(NamedTuple):
-    """What is left when training has ended.
+    """The outcome of training.
 
     scored: the validation figures of the best checkpoint. extras: the callbacks of the config.
     """
@@ -48,7 +48,7 @@ class Fitted(NamedTuple):
     extras: list[Callback]
 
     def result(self, best: Trainable, label: str) -> dict[str, Any]:
-        """What result.json holds of any run: figures are of the weights best on validation."""
+        """Return what result.json holds of any run: figures are of the weights best on validation."""
         return {
             "label": label,
             **self.scored,

@@ -1,4 +1,4 @@
-"""What lets an interrupted run end as if nothing had happened, bit for bit."""
+"""Callbacks with which an interrupted run ends as if nothing had happened, bit for bit."""
 
 import os
 import random

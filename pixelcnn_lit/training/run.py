@@ -53,7 +53,7 @@ def open_run(ckpt: str | None, settings: dict[str, Any], or_anew: bool) -> Itera
 
 
 def completed() -> bool:
-    """Whether the very run that is typed has left its result, which a line says. Raises UserError if another has."""
+    """Return whether the very run that is typed has left its result. Raises UserError if another has."""
     directory, typed = run_dir(), typed_settings()
     if not (directory / "result.json").is_file():
         return False
