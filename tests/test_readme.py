@@ -149,6 +149,15 @@ def test_the_public_api_does_what_its_page_says():
         model.sample(temperature=0)
 
 
+def test_the_python_of_the_readme_runs():
+    (code,) = re.findall(r"```python\n(import torch\n\nimport pixelcnn_lit\n.*?)```", README, re.DOTALL)
+    made: dict = {}
+    exec(code, made)
+    assert made["images"].shape == (2, 4, 1, 28, 28)
+    assert made["filled"].shape == (2, 4, 1, 28, 28)
+    assert made["bits"].shape == (2, 28, 28)
+
+
 def test_load_and_sample_import_no_lightning(tmp_path, children):
     heavy = {"lightning", "torchvision", "torchmetrics", "matplotlib", "torch._dynamo"}
     code = (

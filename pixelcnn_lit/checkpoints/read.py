@@ -15,7 +15,7 @@ from pixelcnn_lit.runs.saved import checkpoint_file
 def read_checkpoint(path: str) -> dict[str, Any]:
     """The plain dict in a .ckpt or .safetensors file, with at least `hyper_parameters` and `state_dict`.
 
-    Whatever else may stand for the file does: see `runs.checkpoint_file`.
+    Whatever else may stand for the file does: see `runs.saved.checkpoint_file`.
 
     Nothing in the file can run code, and a flipped bit is noticed: a .ckpt is a zip archive, whose checksums are
     verified first; a .safetensors file of `write_weights` holds the SHA-256 of its contents. Raises UserError.

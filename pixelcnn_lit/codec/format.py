@@ -11,7 +11,7 @@ A file, little-endian:
     n bytes    where it was written: device, its instructions, torch, constriction; ASCII
     uint32     CRC-32 of all that precedes
     payload    32-bit words of the range coder: the classes of all images, each as likely as the others, and then,
-               batch by batch and step by step, channel by channel: image by image, pixel by pixel of a front
+               batch by batch and step by step, channel by channel: image by image, pixel by pixel of a wavefront
 """
 
 import hashlib

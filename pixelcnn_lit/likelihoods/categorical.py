@@ -1,4 +1,4 @@
-"""Everything that happens inside one pixel: from a network's features to the probability of its channels."""
+"""A softmax over the levels of each channel."""
 
 from itertools import combinations
 from typing import Annotated, Literal

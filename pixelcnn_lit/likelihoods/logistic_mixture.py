@@ -1,13 +1,25 @@
-"""Everything that happens inside one pixel: from a network's features to the probability of its channels."""
+"""A mixture of discretised logistics."""
 
 import math
 from itertools import combinations
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
+
+# [pixels,K,V] is large for a whole map; so many pixels at a time stay in the processor's caches.
+PIXELS = 512
+
+
+class Mixture(NamedTuple):
+    """The parameters of pixels, as tensors [B,...,K]: pi_k as logits, the others by channel or pair of channels."""
+
+    log_weight: Tensor
+    means: tuple[Tensor, ...]
+    log_scales: tuple[Tensor, ...]
+    slopes: dict[tuple[int, int], Tensor]
 
 
 class LogisticMixture(nn.Module):
@@ -41,28 +53,32 @@ class LogisticMixture(nn.Module):
     def channel_logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
         """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32."""
         with torch.autocast(features.device.type, enabled=False):
-            groups = self._groups(features)
-            joint = sum((self._log_mass(groups, x, b) for b in range(c)), start=groups[0])
-            components = (joint.log_softmax(-1), *self._logistic(groups, x, c))
-            pieces = zip(*(part.flatten(0, -2).split(512) for part in components), strict=True)
-            # [pixels,K,V] is large for a whole map, and in pieces it stays in the processor's caches.
-            logits = torch.cat([self._every_level(*piece) for piece in pieces])
+            mixture = self._mixture(features)
+            joint = mixture.log_weight  # log pi_k p_k(x_<c), [B,...,K]
+            for b in range(c):
+                joint = joint + self._log_mass(mixture, x, b)
+            mean, log_scale = self._logistic(mixture, x, c)
+            parts = [part.flatten(0, -2).split(PIXELS) for part in (joint.log_softmax(-1), mean, log_scale)]
+            logits = torch.cat([self._every_level(*some) for some in zip(*parts, strict=True)])  # [pixels,V]
             return logits.unflatten(0, joint.shape[:-1]).movedim(-1, 1)
 
     def log_prob(self, features: Tensor, x: Tensor) -> Tensor:
         """Nats of each value: features [B,D,H,W], x uint8 [B,C,H,W] -> [B,C,H,W]."""
         with torch.autocast(features.device.type, enabled=False):
-            groups = self._groups(features)
-            joint = [groups[0]]  # log pi_k p_k(x_<c) of every c, up to the constant that the first one sums to
+            mixture = self._mixture(features)
+            joint = [mixture.log_weight]  # log pi_k p_k(x_<c) of every c, up to the constant that the first one sums to
             for c in range(self.channels):
-                joint.append(joint[-1] + self._log_mass(groups, x, c))
+                joint.append(joint[-1] + self._log_mass(mixture, x, c))
             totals = torch.stack([each.logsumexp(-1) for each in joint], dim=1)
             return totals[:, 1:] - totals[:, :-1]
 
-    def _groups(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Features [B,D,...] as groups [B,...,K], which channels-last memory has side by side."""
+    def _mixture(self, features: Tensor) -> Mixture:
+        """Features [B,D,...] as what they mean, which channels-last memory has side by side."""
         h = features.movedim(1, -1).unflatten(-1, (self.groups, self.n_mixtures))
-        return (h + self.start(h.device, torch.promote_types(h.dtype, torch.float32))).unbind(-2)
+        groups = (h + self.start(h.device, torch.promote_types(h.dtype, torch.float32))).unbind(-2)
+        n = self.channels
+        slopes = dict(zip(self.pairs, groups[1 + 2 * n :], strict=True))
+        return Mixture(groups[0], groups[1 : 1 + n], groups[1 + n : 1 + 2 * n], slopes)
 
     def start(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The groups, [D/K,K], of features that are zero: equal weights, means side by side, scales that just overlap.
@@ -76,23 +92,23 @@ class LogisticMixture(nn.Module):
         log_scales.fill_(math.log(max(1 / (self.n_mixtures + 1), 1 / (self.levels - 1))))
         return start
 
-    def _logistic(self, groups: tuple[Tensor, ...], x: Tensor, c: int) -> tuple[Tensor, Tensor]:
+    def _logistic(self, mixture: Mixture, x: Tensor, c: int) -> tuple[Tensor, Tensor]:
         """Mean and log-scale of channel c given the channels before it, [B,...,K]."""
-        mean = groups[1 + c]
+        mean = mixture.means[c]
         for b in range(c):
-            slope = groups[1 + 2 * self.channels + self.pairs.index((b, c))].tanh()
+            slope = mixture.slopes[b, c].tanh()
             mean = torch.addcmul(mean, slope, self._centre(x[:, b, ..., None].to(mean.dtype)))
-        return mean, groups[1 + self.channels + c].clamp(self.floor, self.ceiling)
+        return mean, mixture.log_scales[c].clamp(self.floor, self.ceiling)
 
     def _centre(self, level: Tensor) -> Tensor:
         return level * (2 / (self.levels - 1)) - 1
 
-    def _log_mass(self, groups: tuple[Tensor, ...], x: Tensor, c: int) -> Tensor:
+    def _log_mass(self, mixture: Mixture, x: Tensor, c: int) -> Tensor:
         """log P(x_c) of each component, [B,...,K].
 
         For s the logistic function, s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)): none of the three cancels or vanishes.
         """
-        mean, log_scale = self._logistic(groups, x, c)
+        mean, log_scale = self._logistic(mixture, x, c)
         level = x[:, c, ..., None]
         has_lower, has_upper = (level > 0).to(mean.dtype), (level < self.levels - 1).to(mean.dtype)
         per_scale = log_scale.neg().exp()

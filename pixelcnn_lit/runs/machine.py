@@ -18,7 +18,7 @@ LARGE = 5e10
 
 
 def fast_bf16(accelerator: str) -> bool:
-    """Return whether bf16 is native: CUDA since Ampere; CPUs with AMX or AVX-512 BF16. Apple's GPUs train in float32."""
+    """Return whether bf16 is native: CUDA since Ampere; CPUs with AMX or AVX-512 BF16. Apple's GPUs train in fp32."""
     if accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator != "cpu" and torch.backends.mps.is_available():

@@ -75,7 +75,7 @@ def draw(
     """Images of each class asked for: uint8 [K,n_per_class,C,H,W].
 
     Args:
-        method: "naive" evaluates the network on the whole image once a pixel; "cached" on the pixel or front alone,
+        method: "naive" evaluates the network on the whole image once a pixel; "cached" on the pixel or wavefront alone,
             where the network can step, else as "fixed_point"; "fixed_point" on the whole image until nothing changes.
         temperature, top_k, top_p: see `sharpened`. guidance_scale, mix_with, mix_weight: see `GuidedModel`.
         batch_size: images at a time at most, which changes nothing but time and memory.
