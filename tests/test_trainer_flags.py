@@ -379,3 +379,21 @@ def test_overfitting_shows_the_same_batches_each_epoch_and_their_loss_falls(tmp_
     assert not torch.equal(seen[0], seen[1])
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
     assert json.loads((tmp_path / "result.json").read_text())["val/images"] == 16
+
+
+OTHER_VERSION = """
+import sys
+import lightning
+from pixelcnn_lit.runs.command import run
+lightning.__version__ = "9.9.1"
+sys.argv = ["train", "trainer.max_steps=1", "run_dir=run"]
+run("train")
+"""
+
+
+def test_a_version_of_lightning_that_was_not_tried_is_refused_in_one_line(tmp_path, children):
+    """Its loops may count otherwise, and a resumed run then end otherwise, in silence."""
+    asked = children.popen(tmp_path, "-c", OTHER_VERSION)
+    assert asked.wait(60) == 1
+    assert asked.output().strip().startswith("error: lightning 9.9.1: resuming to the bit was tried with 2.6 alone; type")
+    assert len(asked.output().strip().splitlines()) == 1

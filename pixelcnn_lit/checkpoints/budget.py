@@ -46,7 +46,7 @@ class MemoryBudget(TorchDispatchMode):
         if BOUNDED & set(func.tags):  # by its inputs; and its meta kernel would import torch's compiler
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
-            return max(math.prod(shape) * max(4, *(tensor.itemsize for tensor in tensors)), self.SMALLEST)
+            return max(math.prod(shape) * max([4, *(tensor.itemsize for tensor in tensors)]), self.SMALLEST)
         shapes, options = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         if any(argument.name == "device" for argument in func._schema.arguments):
             options |= {"device": torch.device("meta"), "pin_memory": False}
