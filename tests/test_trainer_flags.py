@@ -395,5 +395,7 @@ def test_a_version_of_lightning_that_was_not_tried_is_refused_in_one_line(tmp_pa
     """Its loops may count otherwise, and a resumed run then end otherwise, in silence."""
     asked = children.popen(tmp_path, "-c", OTHER_VERSION)
     assert asked.wait(60) == 1
-    assert asked.output().strip().startswith("error: lightning 9.9.1: resuming to the bit was tried with 2.6 alone; type")
+    assert (
+        asked.output().strip().startswith("error: lightning 9.9.1: resuming to the bit was tried with 2.6 alone; type")
+    )
     assert len(asked.output().strip().splitlines()) == 1
