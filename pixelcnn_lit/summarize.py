@@ -12,6 +12,7 @@ from pixelcnn_lit.runs.saved import CONFIG
 from pixelcnn_lit.runs.terminal import print_what_can_be_printed
 
 FIGURES = ("bpd", "accuracy")  # of density models, of classifiers
+LEFT_OUT = ("nll", "nats_per_image", "loss", "images")  # of those of a validation
 COLUMNS = ("n_params", "images_per_second", "seconds")
 
 
@@ -36,13 +37,15 @@ def main() -> None:
 def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
     if not done:
         return
-    columns, sign = (f"val/{figure}", f"test/{figure}", *COLUMNS), 1 if figure == "bpd" else -1
+    found = dict.fromkeys(key for result in done.values() for key in result if key.startswith("val/"))
+    own = [key for key in found if key.removeprefix("val/") not in (figure, *LEFT_OUT)]  # figures of somebody's own
+    columns, sign = (f"val/{figure}", f"test/{figure}", *own, *COLUMNS), 1 if figure == "bpd" else -1
     print(*(f"{column:>19}" for column in columns), " job: overrides", sep="")
     label = None
     for job, result in sorted(done.items(), key=lambda item: (item[1]["label"], sign * item[1][columns[0]])):
         if result["label"] != label:  # figures of different images do not compare
             print(label := result["label"])
-        cells = (_cell(result[column]) for column in columns)
+        cells = (_cell(result.get(column, "-")) for column in columns)
         print(*(f"{cell:>19}" for cell in cells), f"  {job}: {shlex.join(result['overrides'])}", sep="")
 
 

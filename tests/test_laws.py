@@ -240,3 +240,15 @@ def test_the_loss_of_training_alone_is_compiled(monkeypatch):
     model.log = lambda *args, **own: None
     model.training_step(batch, 0).backward()
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@torch.no_grad()
+def test_a_likelihood_makes_all_tensors_where_the_features_are(likelihood):
+    """As on a GPU, without one: a tensor that is made without a device would be on another than the features."""
+    inside = make(NETWORKS[0], likelihood, (3, 4, 4), 17).likelihood
+    features = torch.randn(2, inside.out_channels, 4, 4, dtype=torch.float64)
+    x = torch.randint(17, (2, 3, 4, 4), dtype=torch.uint8)
+    with torch.device("meta"):
+        assert inside.log_prob(features, x).device.type == "cpu"
+        assert inside.channel_logits(features, x, 2).device.type == "cpu"

@@ -89,7 +89,12 @@ class Density(nn.Module):
         self.label_dropout = label_dropout
         self.dims = channels * height * width
         network = dict(model)
-        embedding = network.pop("embedding", {})
+        embedding = network.pop("embedding", None)
+        if embedding is None:
+            raise UserError(
+                "model.embedding is missing; put it into the model's yaml, as in conf/model/pixelcnn.yaml, or type "
+                "+model.embedding._target_=pixelcnn_lit.nn.embeddings.LevelEmbedding"
+            )
         self.likelihood = build("likelihood", likelihood, nn.Module, image_shape=self.image_shape, levels=levels)
         self.embedding = build("model.embedding", embedding, nn.Module, channels=channels, levels=levels)
         self.network = build(
@@ -101,6 +106,11 @@ class Density(nn.Module):
             num_classes=num_classes,
             out_channels=self.likelihood.out_channels,
         )
+        if not isinstance(self.network, Network):
+            raise UserError(
+                f"model: {model['_target_']} needs train_is_likelihood and receptive_field, as Network in "
+                "pixelcnn_lit/models/protocols.py says"
+            )
 
     @property
     def device(self) -> torch.device:
