@@ -184,6 +184,14 @@ def test_an_untrusted_file_cannot_ask_for_all_memory_or_time(tmp_path, model, wh
         load(str(tmp_path / "x.ckpt"))
 
 
+@pytest.mark.parametrize(("key", "value"), [("conditional", ""), ("label_dropout", "x"), ("class_names", None)])
+def test_settings_of_a_file_have_the_types_of_a_model(tmp_path, model, key, value):
+    settings = model.settings | {key: value}
+    torch.save({"hyper_parameters": settings, "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=f"x.ckpt: {key}={value}: must be"):
+        load(str(tmp_path / "x.ckpt"))
+
+
 INT8, ONES = torch.ones(3, 1, dtype=torch.int8), torch.ones(3, 1)
 
 

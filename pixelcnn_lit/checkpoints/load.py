@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pixelcnn_lit.checkpoints.budget import MemoryBudget
 from pixelcnn_lit.checkpoints.int8 import dequantize
 from pixelcnn_lit.checkpoints.read import read_checkpoint
+from pixelcnn_lit.config.build import check_values
 from pixelcnn_lit.config.errors import UserError, first_line
 
 
@@ -28,6 +29,10 @@ def load_module(path: str, kind: Any, prefix: str = "", without: Collection[str]
     if not settings.keys() >= set(kind.IDENTITY):
         raise UserError(f"ckpt={path}: not a checkpoint of this program's {kind.TITLE}s; type another")
     weights = {str(name).removeprefix(prefix): weight for name, weight in checkpoint["state_dict"].items()}
+    try:
+        check_values("", kind, settings)
+    except UserError as error:
+        raise UserError(f"ckpt={path}: {error}") from None
     try:
         module = _built(kind, settings, dequantize(weights))
     except UserError:

@@ -35,13 +35,13 @@ def matches(value: object, hint: Any) -> bool:
 @functools.cache
 def _adapter(hint: Any) -> "TypeAdapter | None":
     """None for annotations that say nothing of plain values."""
-    from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter
+    from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
 
     if get_origin(hint) is Callable:
         return None
     try:
         return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    except PydanticSchemaGenerationError:
+    except (PydanticSchemaGenerationError, PydanticUserError):
         return None
 
 

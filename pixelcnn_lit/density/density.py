@@ -3,9 +3,10 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from pixelcnn_lit.checkpoints.safetensors import digest
@@ -16,9 +17,6 @@ from pixelcnn_lit.nn.layers import checkpoint_blocks
 from pixelcnn_lit.nn.wavefronts import At
 from pixelcnn_lit.runs.machine import on_threads
 from pixelcnn_lit.samplers.draw import Request, refuse_steering
-
-# What is scored or sampled in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32).
-torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
 
 SAMPLER = "pixelcnn_lit.samplers.draw.draw"
 
@@ -70,7 +68,7 @@ class Density(nn.Module):
         label: str = "",
         dataset: dict[str, Any] | None = None,
         conditional: bool = True,
-        label_dropout: float = 0.0,
+        label_dropout: Annotated[float, Interval(ge=0, le=1)] = 0.0,
     ) -> None:
         super().__init__()
         channels, height, width = image_shape

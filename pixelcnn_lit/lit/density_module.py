@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.density.density import Density, bits
+from pixelcnn_lit.density.load import TRAINING
 from pixelcnn_lit.lit.metrics import MeanNats, share_buffers
 from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.optim.schedulers import optimization
@@ -40,6 +41,7 @@ class DensityModule(Trainable):
         super().__init__()
         own = {"optimizer": optimizer, "scheduler": scheduler, "channels_last": channels_last}
         own |= {"gradient_checkpointing": gradient_checkpointing, "compile": compile}
+        assert own.keys() == set(TRAINING), "name it in density.load, or no checkpoint could be loaded"
         self.save_hyperparameters(density.settings | own)
         self.density = density
         self.score = MeanNats(density.num_classes)

@@ -143,6 +143,7 @@ class RowCache(TapsCache):
             self.inputs[:, :, row].copy_(self.inputs[:, :, row + 1])
 
     def slot(self, at: At) -> Tensor:
+        assert at.on_device is None, "a replayed step would write to the column of its recording: use `write`"
         return self.slots[at.column]
 
     def taps(self, at: At) -> Tensor:
@@ -187,8 +188,6 @@ class RasterState:
     The first that is made reads the image.
     """
 
-    pixel: Tensor  # the pixel before, embedded, [B,E]
-
     def __init__(self, batch: int, width: int) -> None:
         self.batch = batch
         self.width = width
@@ -215,7 +214,6 @@ class RasterState:
             for cache in every:
                 cache.reset()
             return
-        self.pixel = previous
         self.caches[0].write_previous(previous, at)
         if at.column == 0:
             for cache in every:

@@ -93,7 +93,7 @@ class Checkpointable(Protocol):
 
 def checkpoint_blocks(net: nn.Module) -> int:
     """Let the blocks of a network that are `Checkpointable` trade time for memory. Returns their number."""
-    blocks = [module for module in net.modules() if isinstance(module, Checkpointable)]
+    blocks = [module for module in net.modules() if isinstance(module, Checkpointable) and module.checkpointable]
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return len(blocks)

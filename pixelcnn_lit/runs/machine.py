@@ -10,6 +10,10 @@ import torch
 from annotated_types import Interval
 from torch import nn
 
+# What is computed in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32). Here, since
+# every command passes here.
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+
 MOST_THREADS = 1024
 Threads = Annotated[int, Interval(ge=1, le=MOST_THREADS)] | None  # as a command takes them: see `chosen_threads`
 # `step_work` from which on several threads are worth it. Beside four other programs on two cores, a training step on
