@@ -8,7 +8,8 @@
     bits = model.bits_per_pixel(x, y)  # [B,H,W]: where the bits are spent
     filled = model.complete(x, known, y, n=4, seed=0)  # uint8 [B,n,C,H,W]
 
-A file at the top of the package is a command; a folder is a part, and bears the name of its group in conf/:
+A file at the top of the package is a command; a folder is a part, and bears the name of its group in conf/
+where it has one:
 
     data/          conf/dataset      the DataModule, transforms, one source a file, pictures
     models/        conf/model        the contracts (protocols.py) and one network a file
@@ -19,8 +20,8 @@ A file at the top of the package is a command; a folder is a part, and bears the
     nn/                              what networks are made of
     density/                         embedding + network + likelihood, and how a file becomes one; plain torch
     lit/                             the two LightningModules, and their metrics
-    training/      conf/trainer, conf/callbacks    a run: fitting, resuming, all that knows Lightning from the inside
-    runs/                            commands, run directories, signals, the machine
+    training/      conf/trainer, conf/callbacks    a run: fitting, resuming
+    runs/                            commands, run directories, signals, the machine, Lightning from the inside
     checkpoints/                     files that are data
     codec/  scoring/                 images to bits and back; Bayes' rule, samples, plots
     config/                          errors, and from plain values to objects

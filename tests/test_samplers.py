@@ -118,14 +118,10 @@ def test_law_5_step_equals_forward(network, dtype, tolerance, on_device):
                 told = at
                 if on_device:
                     first = at.column == 0  # within a row, the numbers of the host are those of a graph's recording
-                    told = replace(at if first else At.pixel(0, 1, width), on_device=device_numbers(at))
+                    told = replace(at if first else At.pixel(0, 1, width), column_on_device=torch.tensor([at.column]))
                 error = stepper.step(previous.flatten(0, 1), told) - features[at.pixels].flatten(0, 1)
                 assert error.abs().max() <= tolerance * features.abs().max()
                 previous = embedded[at.pixels]
-
-
-def device_numbers(at: At) -> torch.Tensor:
-    return torch.tensor([at.row, at.column, at.position])
 
 
 @pytest.mark.parametrize("size", [(7, 9), (28, 28), (5, 4), (9, 3), (1, 6), (6, 1)])

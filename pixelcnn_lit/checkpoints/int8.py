@@ -1,6 +1,5 @@
 """Weights quantized for a file to give away, and read back from it."""
 
-import copy
 from collections.abc import Collection
 from typing import Literal
 
@@ -50,7 +49,7 @@ def quantize(
 
 def dequantize(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return each matrix in int8 times its scales; what else there is, as it is. ValueError where these do not fit."""
-    result = copy.copy(weights)  # with what torch keeps beside an OrderedDict
+    result = dict(weights)
     for name, weight in weights.items():
         if name + SCALE in weights:
             scale = result.pop(name + SCALE)

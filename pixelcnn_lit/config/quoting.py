@@ -1,14 +1,11 @@
 """Text as it is typed, so that Hydra reads it as it is."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-
-if TYPE_CHECKING:
-    pass
 
 
 def setting(key: str, text: str) -> str:

@@ -16,9 +16,9 @@ def folder(path: str) -> Images:
     classes = sorted(entry.name for entry in (root / "train").glob("*") if entry.is_dir())
     if not classes:
         raise UserError(f"dataset.path={path}: no folders in {root / 'train'}; it must hold train/<class>/*.png")
-    strangers = {entry.name for entry in (root / "test").glob("*") if entry.is_dir()} - set(classes)
-    if strangers:
-        raise UserError(f"dataset.path={path}: test has classes that train lacks: {', '.join(sorted(strangers))}")
+    unknown = {entry.name for entry in (root / "test").glob("*") if entry.is_dir()} - set(classes)
+    if unknown:
+        raise UserError(f"dataset.path={path}: test has classes that train lacks: {', '.join(sorted(unknown))}")
     return Images(_split(root / "train", classes), _split(root / "test", classes), classes)
 
 

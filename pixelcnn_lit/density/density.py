@@ -13,7 +13,6 @@ from pixelcnn_lit.checkpoints.safetensors import digest
 from pixelcnn_lit.config.build import build, inspect_config
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.models.protocols import Embedding, Likelihood, Network, SteppableNetwork, Stepper
-from pixelcnn_lit.nn.layers import checkpoint_blocks
 from pixelcnn_lit.nn.wavefronts import At
 from pixelcnn_lit.runs.machine import on_threads
 from pixelcnn_lit.samplers.draw import Request, refuse_steering
@@ -185,10 +184,6 @@ class Density(nn.Module):
         """Raise UserError unless the config of a sampler is one that this model can be drawn from by."""
         _, settings = inspect_config("sampler", sampler, Tensor, ["request"])
         refuse_steering(self, **{key: settings[key] for key in ("guidance_scale", "mix_with") if key in settings})
-
-    def checkpoint_blocks(self) -> int:
-        """Let blocks keep their inputs alone for the backward pass: see `nn.layers.checkpoint_blocks`."""
-        return checkpoint_blocks(self)
 
     def digest(self) -> str:
         """Return a SHA-256 of the weights and of what decides how they are used."""

@@ -112,12 +112,6 @@ class ClassifierModule(Trainable):
         self.figures = figures | {f"{split}/images": int(self.counted.sum())}
         self.log_dict(figures, prog_bar=True, sync_dist=True)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["scored"] = self.figures
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.figures = dict(checkpoint["scored"])
-
     def stored(self) -> tuple[nn.Module, dict[str, Any]]:
         return self, dict(self.hparams)
 

@@ -10,6 +10,7 @@ from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import TRAINING
 from pixelcnn_lit.lit.metrics import MeanNats, share_buffers
 from pixelcnn_lit.lit.trainable import Trainable
+from pixelcnn_lit.nn.layers import checkpoint_blocks
 from pixelcnn_lit.optim.schedulers import optimization
 
 
@@ -50,7 +51,7 @@ class DensityModule(Trainable):
         self.scheduler_config = scheduler
         if channels_last:
             density.to(memory_format=torch.channels_last)
-        if gradient_checkpointing and not density.checkpoint_blocks():
+        if gradient_checkpointing and not checkpoint_blocks(density):
             raise UserError(
                 "gradient_checkpointing=true: this network has no blocks that can be computed twice, as those of "
                 "model.norm=batch cannot; type gradient_checkpointing=false"
@@ -78,12 +79,6 @@ class DensityModule(Trainable):
     @staticmethod
     def best_figure(score: float) -> dict[str, float]:
         return {"best/val_bpd": bits(score)}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["scored"] = self.figures
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.figures = dict(checkpoint["scored"])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         x, y = batch

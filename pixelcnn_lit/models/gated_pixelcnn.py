@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from pixelcnn_lit.nn.caches import RasterState, RowCache
+from pixelcnn_lit.nn.caches import Convolution, RasterState, RowCache
 from pixelcnn_lit.nn.embeddings import ClassEmbedding
 from pixelcnn_lit.nn.layers import ChannelNorm, Layers, PointwiseHead
 from pixelcnn_lit.nn.wavefronts import At
@@ -246,7 +246,7 @@ class LiveConv2d(nn.Conv2d):
         dead = (0, 2 * side + 1 - live)  # a RowCache knows where the centre of a whole kernel is
         mask = F.pad(self.weight.new_ones(1, 1, 1, live), dead)
         assert self.bias is not None
-        return state.cache(F.pad(self.weight, dead), self.bias, mask, before=before)
+        return state.cache(Convolution(F.pad(self.weight, dead), self.bias, mask, before))
 
     def receptive_field(self, seen: Tensor) -> Tensor:
         """Return the inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""

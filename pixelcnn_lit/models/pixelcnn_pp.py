@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from pixelcnn_lit.nn.caches import RasterState, RowCache
+from pixelcnn_lit.nn.caches import Convolution, RasterState, RowCache
 from pixelcnn_lit.nn.embeddings import ClassEmbedding
 from pixelcnn_lit.nn.layers import CausalConv2d, Layers
 from pixelcnn_lit.nn.wavefronts import At
@@ -362,7 +362,7 @@ class ShiftedConv2d(nn.Conv2d):
         if self.kernel_size[1] > 2:
             return WholeRows(self, batch, width)
         assert self.bias is not None
-        return RowCache(self.weight, self.bias, torch.ones_like(self.weight[:1, :1]), batch, width)
+        return RowCache(Convolution(self.weight, self.bias, torch.ones_like(self.weight[:1, :1])), batch, width)
 
     def receptive_field(self, seen: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return the inputs, bool [H,W] of `size`, that the outputs in `seen` are computed from."""

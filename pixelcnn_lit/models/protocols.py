@@ -36,7 +36,7 @@ class Stepper(Protocol):
     Args:
         skew: of its wavefronts: see `pixelcnn_lit.nn.wavefronts`; the width of images where it goes pixel by pixel.
         replayable: whether a CUDA graph may replay its steps within a row: all that depends on the column is computed
-            from `at.on_device`.
+            from `at.column_on_device`.
     """
 
     skew: int

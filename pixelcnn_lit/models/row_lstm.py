@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from pixelcnn_lit.nn.caches import WavefrontState
+from pixelcnn_lit.nn.caches import Convolution, WavefrontState
 from pixelcnn_lit.nn.embeddings import ClassEmbedding
 from pixelcnn_lit.nn.layers import CausalConv2d, ChannelNorm, Layers, PointwiseHead, lstm_cell
 from pixelcnn_lit.nn.wavefronts import At
@@ -141,10 +141,12 @@ class RowLSTMLayerStepper:
         up_to_the_pixel = torch.tensor([[[[1, 1, 0]]]])  # of a kernel
         row_above = torch.tensor([[[[1], [0]]]])
         assert left.bias is not None
-        self.inputs = state.cache(F.pad(left.weight, (0, 1)), left.bias, up_to_the_pixel, before=layer.norm)
+        self.inputs = state.cache(Convolution(F.pad(left.weight, (0, 1)), left.bias, up_to_the_pixel, layer.norm))
         self.inputs.bias.unflatten(0, (-1, len(y))).add_(layer.embed.rows(y))
-        self.hidden = state.cache(F.pad(above, (0, 0, 0, 1)), zeros(4 * states), row_above.expand(1, 1, 2, 3))
-        self.cells = state.cache(zeros(1, states, 2, 1, dtype=precise), zeros(1, dtype=precise), row_above)
+        self.hidden = state.cache(
+            Convolution(F.pad(above, (0, 0, 0, 1)), zeros(4 * states), row_above.expand(1, 1, 2, 3))
+        )
+        self.cells = state.cache(Convolution(zeros(1, states, 2, 1, dtype=precise), zeros(1, dtype=precise), row_above))
         self.out = layer.out.weight[..., 0, 0].T
 
     def step(self, x: Tensor, at: At) -> Tensor:

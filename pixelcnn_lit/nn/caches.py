@@ -4,7 +4,7 @@ A `RowCache` goes pixel by pixel, a `WavefrontCache` wavefront by wavefront (see
 `WavefrontState` hold all caches of a network, and lead them through an image.
 """
 
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +12,30 @@ from torch import Tensor, nn
 from pixelcnn_lit.nn.wavefronts import At
 
 
-class TapsCache:
-    """A convolution's live taps as a matrix, with the norm and the ReLU before it. Subclasses decide where inputs lie.
+class Convolution(NamedTuple):
+    """A causal convolution with the norms around it.
 
-    Args:
-        weight: masked, [out,in,rows,k]. bias: [out]. mask: [1,1,rows,k].
-        n_outputs: computed at a time, at most.
-        before: a norm that stands, with a ReLU, before the convolution.
-        after: a BatchNorm that stands behind it, which in eval mode is a multiplication and an addition.
+    weight: masked, [out,in,rows,k]. bias: [out]. mask: [1,1,rows,k].
+    before: a norm that stands before the convolution, with a ReLU where inputs are written by `write_relu`.
+    after: a BatchNorm that stands behind it, which in eval mode is a multiplication and an addition.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        mask: Tensor,
-        n_outputs: int,
-        before: nn.LayerNorm | None,
-        after: nn.BatchNorm2d | None = None,
-    ) -> None:
+    weight: Tensor
+    bias: Tensor
+    mask: Tensor
+    before: nn.LayerNorm | None = None
+    after: nn.BatchNorm2d | None = None
+
+
+class TapsCache:
+    """A convolution's live taps as a matrix, with the norm before it. Subclasses decide where inputs lie.
+
+    Args:
+        n_outputs: computed at a time, at most.
+    """
+
+    def __init__(self, convolution: Convolution, n_outputs: int) -> None:
+        weight, bias, mask, before, after = convolution
         _, self.channels, self.rows, k = weight.shape
         if after is not None:
             assert after.running_mean is not None
@@ -88,15 +93,8 @@ Cache = TypeVar("Cache", bound=TapsCache, covariant=True)
 class State(Protocol[Cache]):
     """All caches of a network: `RasterState` or `WavefrontState`."""
 
-    def cache(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        mask: Tensor,
-        before: nn.LayerNorm | None = None,
-        after: nn.BatchNorm2d | None = None,
-    ) -> Cache:
-        """Make the cache of a convolution, with the norms `before` and `after` it: see `TapsCache`."""
+    def cache(self, convolution: Convolution) -> Cache:
+        """Make the cache of a convolution."""
         ...
 
 
@@ -107,25 +105,16 @@ class RowCache(TapsCache):
     lie beside each other, so that the taps of a pixel are one stretch of memory that needs no gathering: columns
     j-side to j+side, up to the last tap that is alive. Padding is zero.
 
-    Columns are found as ready-made views, or, where `at.on_device` is given, by index on the device, which a CUDA graph
-    can replay with another column in it.
+    Columns are found as ready-made views, or, where `at.column_on_device` is given, by index on the device, which a
+    CUDA graph can replay with another column in it.
 
     Args:
-        weight, bias, mask, before, after: see `TapsCache`.
         batch, width: of the images.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        mask: Tensor,
-        batch: int,
-        width: int,
-        before: nn.LayerNorm | None = None,
-        after: nn.BatchNorm2d | None = None,
-    ) -> None:
-        super().__init__(weight, bias, mask, batch, before, after)
+    def __init__(self, convolution: Convolution, batch: int, width: int) -> None:
+        super().__init__(convolution, batch)
+        weight = convolution.weight
         self.width = width
         self.inputs = weight.new_zeros(batch, width + 2 * self.side, self.rows, self.channels)
         self.offsets = torch.arange(weight.shape[3], device=weight.device)
@@ -143,7 +132,7 @@ class RowCache(TapsCache):
             self.inputs[:, :, row].copy_(self.inputs[:, :, row + 1])
 
     def slot(self, at: At) -> Tensor:
-        assert at.on_device is None, "a replayed step would write to the column of its recording: use `write`"
+        assert at.column_on_device is None, "a replayed step would write to the column of its recording: use `write`"
         return self.slots[at.column]
 
     def taps(self, at: At) -> Tensor:
@@ -194,16 +183,9 @@ class RasterState:
         self.caches: list[RowCache] = []
         self.others: list[Resettable] = []
 
-    def cache(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        mask: Tensor,
-        before: nn.LayerNorm | None = None,
-        after: nn.BatchNorm2d | None = None,
-    ) -> RowCache:
-        """Make the cache of a convolution, with the norms `before` and `after` it: see `TapsCache`."""
-        made = RowCache(weight, bias, mask, self.batch, self.width, before, after)
+    def cache(self, convolution: Convolution) -> RowCache:
+        """Make the cache of a convolution."""
+        made = RowCache(convolution, self.batch, self.width)
         self.caches.append(made)
         return made
 
@@ -239,24 +221,13 @@ class WavefrontCache(TapsCache):
     Padding is zero, once the cache has been reset. Rows that no wavefront will read again give way to others.
 
     Args:
-        weight, bias, mask, before, after: see `TapsCache`.
         batch, image_size: of the images. skew: of the wavefronts.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        mask: Tensor,
-        batch: int,
-        image_size: tuple[int, int],
-        skew: int,
-        before: nn.LayerNorm | None = None,
-        after: nn.BatchNorm2d | None = None,
-    ) -> None:
+    def __init__(self, convolution: Convolution, batch: int, image_size: tuple[int, int], skew: int) -> None:
         height, width = image_size
         longest = -(-width // skew)  # pixels of a wavefront, at most
-        super().__init__(weight, bias, mask, longest * batch, before, after)
+        super().__init__(convolution, longest * batch)
         self.batch = batch
         self.skew = skew
         self.column = self.rows * self.channels
@@ -265,7 +236,7 @@ class WavefrontCache(TapsCache):
         in_use = longest + self.rows - 1  # rows that a wavefront reads or writes
         self.n_rows = min(2 * in_use, height + self.rows - 1)
         self.top = 0  # the row of the image that lies first in memory
-        self.inputs = weight.new_empty(self.n_rows * self.row)
+        self.inputs = convolution.weight.new_empty(self.n_rows * self.row)
         self.all_buffers = [(self.bias[: n * batch], self.result[: n * batch]) for n in range(longest + 1)]
 
     def address(self, at: At) -> int:
@@ -312,16 +283,9 @@ class WavefrontState:
         self.skew = skew
         self.caches: list[WavefrontCache] = []
 
-    def cache(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        mask: Tensor,
-        before: nn.LayerNorm | None = None,
-        after: nn.BatchNorm2d | None = None,
-    ) -> WavefrontCache:
-        """Make the cache of a convolution, with the norms `before` and `after` it: see `TapsCache`."""
-        made = WavefrontCache(weight, bias, mask, self.batch, self.image_size, self.skew, before, after)
+    def cache(self, convolution: Convolution) -> WavefrontCache:
+        """Make the cache of a convolution."""
+        made = WavefrontCache(convolution, self.batch, self.image_size, self.skew)
         self.caches.append(made)
         return made
 

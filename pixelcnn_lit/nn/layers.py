@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pixelcnn_lit.nn.caches import State, TapsCache
+from pixelcnn_lit.nn.caches import Convolution, State, TapsCache
 from pixelcnn_lit.nn.wavefronts import At
 
 Cache = TypeVar("Cache", bound=TapsCache)
@@ -64,7 +64,7 @@ class CausalConv2d(nn.Module):
         self, state: State[Cache], before: nn.LayerNorm | None = None, after: nn.BatchNorm2d | None = None
     ) -> Cache:
         """Return what computes this convolution step by step, with the norms `before` and `after` it."""
-        return state.cache(self.weight * self.mask, self.bias, self.mask, before, after)
+        return state.cache(Convolution(self.weight * self.mask, self.bias, self.mask, before, after))
 
     def receptive_field(self, seen: Tensor) -> Tensor:
         """Return the inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""

@@ -34,8 +34,8 @@ class At:
         row, column: of the pixel. width: of the image.
         wavefront: what is computed at once.
         pixels: the wavefront among all pixels in raster order, the highest first.
-        on_device: int64 [3] on the device, row, column and position, for a step that a CUDA graph replays with other
-            numbers in it; None where a step is run as it is.
+        column_on_device: the column once more, int64 [1] on the device, for a step that a CUDA graph replays with
+            another number in it; None where a step is run as it is.
     """
 
     row: int
@@ -43,7 +43,7 @@ class At:
     width: int
     wavefront: Wavefront
     pixels: slice
-    on_device: Tensor | None = None
+    column_on_device: Tensor | None = None
 
     @classmethod
     def pixel(cls, row: int, column: int, width: int) -> "At":
@@ -55,11 +55,6 @@ class At:
     def position(self) -> int:
         """The place of the pixel in raster order."""
         return self.row * self.width + self.column
-
-    @property
-    def column_on_device(self) -> Tensor | None:
-        """int64 [1]."""
-        return None if self.on_device is None else self.on_device[1:2]
 
     def coarser(self) -> "At":
         """Return the pixel of half the resolution that this one, without its wavefront, lies in."""

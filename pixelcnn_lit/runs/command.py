@@ -30,7 +30,7 @@ from pixelcnn_lit.runs.terminal import print_what_can_be_printed
 _PACKAGE = Path(__file__).parents[1]
 # In a wheel conf/ lies inside the package; in a checkout beside it.
 CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
-TRAINING = ("train", "train_classifier")  # commands whose `ckpt` is one to go on from
+TRAINING = ("train", "train_classifier")  # commands whose `ckpt` is one to resume from
 
 
 def run(name: str) -> None:

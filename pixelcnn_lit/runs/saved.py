@@ -142,7 +142,7 @@ def _changed(
     saved: dict[str, Any], before: dict[str, Any], after: dict[str, Any], resolved: dict[str, Any]
 ) -> dict[str, Any]:
     """Return `saved` with what differs between `before` and `after` as it is when `resolved`."""
-    kept, old, new, values = (_flat(config) for config in (saved, before, after, resolved))
+    kept, old, new, values = (flat(config) for config in (saved, before, after, resolved))
     for key in sorted({**old, **new}, key=lambda key: not key.endswith("_target_")):  # another choice first
         if key in old and key in new and old[key] == new[key]:
             continue
@@ -161,15 +161,15 @@ def _is_in(name: str, key: str) -> bool:
     return name == key or name.startswith(f"{key}.")
 
 
-def _flat(config: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; an empty group stays a value."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{inside}{key}.")
+            found |= flat(value, f"{inside}{key}.")
         else:
-            flat[f"{inside}{key}"] = value
-    return flat
+            found[f"{inside}{key}"] = value
+    return found
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def half_precision(density: ImageDensity) -> ImageDensity:
 
 
 def _keys(y: Tensor, n_per_class: int, seed: int) -> list[tuple[int, int, int, int]]:
-    """Keys of the noise of each image; where a class is asked for again, its numbers go on."""
+    """Keys of the noise of each image; where a class is asked for again, its numbers continue."""
     # The last number of a key sets it apart from shorter ones, which numpy fills up with zeros.
     drawn, keys = Counter[int](), []
     for label in y.repeat_interleave(n_per_class).tolist():

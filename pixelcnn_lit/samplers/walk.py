@@ -129,21 +129,20 @@ class Replayed:
     """The steps of a stepper that is `replayable` as a CUDA graph.
 
     It is recorded at the second pixel of a row and replayed at all but the first of each: within a row, a step depends
-    on `at.on_device` alone, so nothing waits for the host. A step repeated at its pixel writes the same, so it can be
-    warmed up.
+    on `at.column_on_device` alone, so nothing waits for the host. A step repeated at its pixel writes the same, so it
+    can be warmed up.
     """
 
     def __init__(self, stepper: Stepper, device: torch.device) -> None:
         self.stepper = stepper
-        self.on_device = torch.zeros(3, dtype=torch.int64, device=device)
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.graph = torch.cuda.CUDAGraph()
         self.previous: Tensor | None = None
         self.features: Tensor | None = None
 
     def __call__(self, previous: Tensor, at: At) -> Tensor:
-        for place, number in enumerate((at.row, at.column, at.position)):
-            self.on_device[place].fill_(number)
-        here = replace(at, on_device=self.on_device)
+        self.column.fill_(at.column)
+        here = replace(at, column_on_device=self.column)
         if at.column == 0:
             return self.stepper.step(previous, here)
         if self.previous is None or self.features is None:

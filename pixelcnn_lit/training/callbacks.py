@@ -1,4 +1,4 @@
-"""Callbacks beside training: a stopwatch, guards, a line an epoch, hyperparameters in TensorBoard."""
+"""Callbacks beside training: throughput, guards, a line an epoch, hyperparameters in TensorBoard."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.runs.lightning_internals import validates_by_the_clock
 from pixelcnn_lit.runs.run_dir import relative, seconds_so_far
-from pixelcnn_lit.runs.saved import last_checkpoint
+from pixelcnn_lit.runs.saved import flat, last_checkpoint
 
 
 def trained(module: L.LightningModule) -> Trainable:
@@ -159,6 +159,16 @@ class TrainingLoss(Callback):
         pl_module.log(f"train/{trained(pl_module).LOSS}", self.mean(), sync_dist=True)
 
 
+class KeepFigures(Callback):
+    """Keep the figures of the last validation in checkpoints: "scored"."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["scored"] = trained(pl_module).figures
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        trained(pl_module).figures = dict(checkpoint["scored"])
+
+
 class EpochLine(Callback):
     """One printed line an epoch, for logs and pipes, where no progress bar is."""
 
@@ -180,7 +190,12 @@ class HParams(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.log_hyperparams(_flat(self.settings), trained(pl_module).best_figure(float("nan")))
+            texts_or_numbers = {
+                key: value if isinstance(value, int | float | bool | str) else str(value)
+                for key, value in flat(self.settings).items()
+                if value != {}
+            }
+            trainer.logger.log_hyperparams(texts_or_numbers, trained(pl_module).best_figure(float("nan")))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = trainer.checkpoint_callback
@@ -190,14 +205,3 @@ class HParams(Callback):
             )
 
     on_fit_end = on_train_epoch_end  # the last score is in by now
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; what is neither number, flag nor text becomes text."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, bool, str)) else str(value)
-    return flat

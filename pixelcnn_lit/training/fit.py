@@ -28,7 +28,15 @@ from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import step_work
 from pixelcnn_lit.runs.saved import CONFIG
-from pixelcnn_lit.training.callbacks import EpochLine, HParams, StopOnNaN, Throughput, TrainingLoss, ValidateAtMaxSteps
+from pixelcnn_lit.training.callbacks import (
+    EpochLine,
+    HParams,
+    KeepFigures,
+    StopOnNaN,
+    Throughput,
+    TrainingLoss,
+    ValidateAtMaxSteps,
+)
 from pixelcnn_lit.training.checkpoint_io import AtomicCheckpointIO
 from pixelcnn_lit.training.resume import SeedEveryStep
 from pixelcnn_lit.training.run import Run
@@ -81,6 +89,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         loss,
         HParams(hparams),
         ValidateAtMaxSteps(),
+        KeepFigures(),
         begun,
     ]
     trainer = make_trainer(
@@ -165,7 +174,7 @@ def require_validation(trainer: L.Trainer, data: ImageData, monitor: str, mode: 
 
 
 def load_resume_state(path: str, module: Trainable, data: ImageData, extras: list[Callback]) -> dict[str, Any]:
-    """The checkpoint to go on from, which must be of the same data and model, with as many averages."""
+    """Return the checkpoint to resume from, which must be of the same data and model, with as many averages."""
     saved = read_checkpoint(path)
     if not all(saved.get(key) for key in ("loops", "callbacks", "optimizer_states")):
         raise UserError(
@@ -177,6 +186,6 @@ def load_resume_state(path: str, module: Trainable, data: ImageData, extras: lis
         raise UserError(f"ckpt={path}: {difference}; put those images back, or start another run")
     averaged = any(isinstance(callback, WeightAveraging) for callback in extras)
     if ("averaging_state" in saved) != averaged:
-        # Lightning alone would silently go on from the averaged weights, or with none.
+        # Lightning alone would silently resume from the averaged weights, or with none.
         raise UserError(f"ckpt={path}: saved with callbacks={'samples' if averaged else 'default'}; type that")
     return saved
