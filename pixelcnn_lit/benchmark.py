@@ -121,11 +121,13 @@ def training_step(
 
 
 def as_published(density: Density) -> Density:
-    """The published PixelCNN of the same size (BatchNorm, dense masked kernels, contiguous, Adam): the reference."""
+    """The published PixelCNN of the same size, with its dense masked kernels and contiguous: the reference."""
     size = {key: density.settings["model"][key] for key in ("hidden_channels", "n_residual")}
-    embedding = {"_target_": "pixelcnn_lit.nn.embeddings.LevelEmbedding", "width": 0}
-    model = {"_target_": "pixelcnn_lit.models.pixelcnn.PixelCNN", "norm": "batch", "embedding": embedding, **size}
-    settings: dict[str, Any] = density.settings | {"model": model}
+    embedding = {"_target_": "pixelcnn_lit.nn.embeddings.ScaledLevels"}
+    target = "pixelcnn_lit.models.pixelcnn_published.PublishedPixelCNN"
+    model = {"_target_": target, "embedding": embedding, **size}
+    likelihood = {"_target_": "pixelcnn_lit.likelihoods.categorical.Categorical", "colour": "independent"}
+    settings: dict[str, Any] = density.settings | {"model": model, "likelihood": likelihood | {"ordinal": False}}
     return with_dense_kernels(Density(**settings).to(density.device))
 
 
@@ -134,11 +136,11 @@ def with_dense_kernels(density: Density) -> Density:
     for parent in list(density.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, CausalConv2d):
-                setattr(parent, name, PublishedConv2d(layer))
+                setattr(parent, name, DenseConv2d(layer))
     return density
 
 
-class PublishedConv2d(nn.Module):
+class DenseConv2d(nn.Module):
     """A masked convolution as published: a dense k×k kernel, multiplied by its mask in each forward."""
 
     mask: Tensor
@@ -187,12 +189,12 @@ def live_flops(density: Density, x: Tensor, y: Tensor) -> int:
     """Count the operations of forward and backward, without the products that masks make zero."""
     dead = 0
 
-    def count(layer: CausalConv2d | PublishedConv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(layer: CausalConv2d | DenseConv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal dead
         products = 2 + inputs[0].requires_grad  # with the kernel, and backward for the kernel and for what came in
         dead += 2 * products * output[:, 0].numel() * layer.weight[..., 0, 0].numel() * int((layer.mask == 0).sum())
 
-    hooks = [m.register_forward_hook(count) for m in density.modules() if isinstance(m, CausalConv2d | PublishedConv2d)]
+    hooks = [m.register_forward_hook(count) for m in density.modules() if isinstance(m, CausalConv2d | DenseConv2d)]
     with FlopCounterMode(display=False) as counted:
         density(x, y).mean().backward()
     for hook in hooks:

@@ -21,7 +21,7 @@ from pixelcnn_lit.training.trainer import make_trainer
 DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 RUN = [
     "model_size=tiny",
-    "model.norm=batch",
+    "model=pixelcnn_published",
     "dataset=npz",
     "dataset.path=x.npz",
     "dataset.batch_size=4",

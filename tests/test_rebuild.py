@@ -106,7 +106,7 @@ def density(name: str, **facts) -> Density:
 @pytest.mark.parametrize("name", ["ByList", "ByItem", "ByArray"])
 def test_a_network_whose_constructor_reads_values_is_trained_and_loaded(tmp_path, name):
     target = f"model._target_=pixelcnn_lit.models.mine.{name}"
-    command("train", *TINY, *SMALL, target, "~model.norm", "model.dropout=0.3", f"run_dir={tmp_path}")
+    command("train", *TINY, *SMALL, target, "model.dropout=0.3", f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "result.json").read_text())
     model = load(result["checkpoint"])
     assert [block.dropout.p for block in model.network.blocks] == pytest.approx([0, 0.3])

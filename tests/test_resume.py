@@ -87,7 +87,7 @@ def curves(directory: Path) -> dict:
 
 VARIANTS = {
     "plain": [],
-    "plateau": [*PLATEAU, "callbacks=samples", "model.norm=batch"],
+    "plateau": [*PLATEAU, "callbacks=samples", "model=pixelcnn_published"],
     "workers": ["dataset.num_workers=2"],
     "accumulated": ["trainer.accumulate_grad_batches=2"],
     "two validations an epoch": ["trainer.val_check_interval=2"],

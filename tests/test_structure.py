@@ -98,9 +98,10 @@ def test_the_baseline_is_the_published_one():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for dataset in ("cifar10", "mnist"):
             cfg = compose("train", [f"experiment={dataset}/baseline"])
-            assert (cfg.model.hidden_channels, cfg.model.n_residual, cfg.model.norm) == (256, 15, "batch")
-            assert cfg.model.embedding.width == 0
-            assert cfg.likelihood.colour == "independent"
+            assert cfg.model._target_.endswith(".PublishedPixelCNN")
+            assert (cfg.model.hidden_channels, cfg.model.n_residual, cfg.model.kernel_size) == (256, 15, 7)
+            assert cfg.model.embedding._target_.endswith(".ScaledLevels")
+            assert (cfg.likelihood.colour, cfg.likelihood.ordinal) == ("independent", False)
             assert cfg.optimizer._target_.endswith(".Adam")
             assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (3e-4, 1e-5)
             assert cfg.scheduler._target_.endswith(".ReduceLROnPlateau")
@@ -113,8 +114,11 @@ def test_the_baseline_is_the_published_one():
 
 def test_the_published_recipe_of_the_race_has_nothing_of_ours():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", ["experiment=mnist/race/published"])
-    assert (cfg.model.norm, cfg.model.embedding.width, cfg.model.dropout) == ("batch", 0, 0.0)
+        cfg, ours = (compose("train", [f"experiment=mnist/race/{name}"]) for name in ("published", "pixelcnn"))
+    assert (cfg.dataset, cfg.callbacks) == (ours.dataset, ours.callbacks)
+    assert {**cfg.trainer, "gradient_clip_val": 1.0} == ours.trainer
+    assert cfg.model._target_.endswith(".PublishedPixelCNN")
+    assert cfg.model.embedding._target_.endswith(".ScaledLevels")
     assert (cfg.likelihood.colour, cfg.likelihood.ordinal, cfg.get("scheduler")) == ("independent", False, None)
     assert cfg.optimizer._target_.endswith(".Adam")
 

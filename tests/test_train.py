@@ -35,6 +35,7 @@ from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.density_module import DensityModule
+from pixelcnn_lit.models.pixelcnn_published import PublishedPixelCNN
 from pixelcnn_lit.nn.layers import CausalConv2d
 from pixelcnn_lit.optim.schedulers import WarmupCosine
 from pixelcnn_lit.runs.saved import WEIGHTS
@@ -64,6 +65,7 @@ def test_a_run_leaves_result_settings_checkpoints_and_pictures(run):
     saved = OmegaConf.load(run / "config.yaml")
     assert saved.model.hidden_channels == 16
     assert OmegaConf.to_container(saved, resolve=True)  # nothing is left to resolve
+    assert json.loads((run / "config.json").read_text()) == saved
 
 
 @pytest.mark.skipif(
@@ -337,7 +339,7 @@ def test_guidance_of_a_model_trained_with_label_dropout_draws(tmp_path, monkeypa
 def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pixelcnn_lit.benchmark, "cores", lambda: 2)
     monkeypatch.setattr(pixelcnn_lit.benchmark, "on_threads", lambda threads: nullcontext())
-    small = ["model_size=tiny", "model.norm=batch", "image_shape=[1,6,6]", "batch_size=2", "rounds=1"]
+    small = ["model_size=tiny", "model=pixelcnn_published", "image_shape=[1,6,6]", "batch_size=2", "rounds=1"]
     command("benchmark", *small, f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "benchmark.json").read_text())
     samplers = ("one forward", "naive", "cached", "cached, bf16", "compress", "decompress", "fixed_point")
@@ -351,7 +353,7 @@ def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeyp
 
 
 def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_work():
-    model = density("pixelcnn model.norm=batch", "categorical", (1, 6, 6), n_residual=2).double()
+    model = density("pixelcnn_published", "categorical", (1, 6, 6), n_residual=2).double()
     x, y = torch.randint(17, (2, 1, 6, 6), dtype=torch.uint8), torch.tensor([0, 2])
     dense = pixelcnn_lit.benchmark.with_dense_kernels(copy.deepcopy(model))
     assert torch.allclose(dense.nats(x, y), model.nats(x, y), rtol=1e-12)
@@ -359,10 +361,11 @@ def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_
     assert live[0] == live[1]  # the dead rows of the dense kernels are no work either
     published = pixelcnn_lit.benchmark.as_published(density("pixel_attention", "categorical", (1, 6, 6)))
     kernels = [layer for layer in published.modules() if hasattr(layer, "mask")]
-    assert len(kernels) == 1 + 2 + 2
+    assert len(kernels) == 1 + 2 + 3
     assert not any(isinstance(kernel, CausalConv2d) for kernel in kernels)
     assert all(kernel.weight.is_contiguous() for kernel in kernels)
-    assert published.network.blocks[0].norm1.__class__ is torch.nn.BatchNorm2d
+    assert type(published.network) is PublishedPixelCNN
+    assert published.likelihood.out_channels == 17
 
     class Alone(torch.nn.Module):
         def __init__(self):
@@ -418,8 +421,8 @@ def test_sample_grids_do_not_disturb_training(tmp_path):
     assert seldom["test/bpd"] == often["test/bpd"]
 
 
-def test_the_published_block_trains_and_says_that_its_training_loss_is_no_likelihood(tmp_path, capsys):
-    one_run(tmp_path, "model.norm=batch", "optimizer=adam", "scheduler=plateau", "callbacks=samples")
+def test_the_published_network_trains_and_says_that_its_training_loss_is_no_likelihood(tmp_path, capsys):
+    one_run(tmp_path, "model=pixelcnn_published", "optimizer=adam", "scheduler=plateau", "callbacks=samples")
     assert not load(str(tmp_path / "checkpoints" / "last.ckpt")).network.train_is_likelihood
     assert re.search(r"train \d\.\d+ \(no likelihood\), val ", capsys.readouterr().out)
 

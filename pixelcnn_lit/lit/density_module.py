@@ -53,8 +53,8 @@ class DensityModule(Trainable):
             density.to(memory_format=torch.channels_last)
         if gradient_checkpointing and not checkpoint_blocks(density):
             raise UserError(
-                "gradient_checkpointing=true: this network has no blocks that can be computed twice, as those of "
-                "model.norm=batch cannot; type gradient_checkpointing=false"
+                "gradient_checkpointing=true: this network has no blocks that can be computed twice, as those with "
+                "BatchNorm cannot; type gradient_checkpointing=false"
             )
         # Training alone: scores, in float32 and eval mode, would be compiled anew.
         self.training_nats = torch.compile(density.forward) if compile else density.forward

@@ -59,6 +59,31 @@ class LevelEmbedding(nn.Module):
         return torch.cat(rows or self.channels * [numbers]), self.levels * torch.arange(self.channels, device=device)
 
 
+class ScaledLevels(nn.Module):
+    """Read each level as a number in [0, 1], as published code does: black and the zeros of padding are the same.
+
+    Args:
+        channels, levels: of the images.
+
+    Example:
+        >>> ScaledLevels(channels=1, levels=256)(torch.tensor([[[[0, 51, 255]]]]), torch.float64)
+        tensor([[[[0.0000, 0.2000, 1.0000]]]], dtype=torch.float64)
+    """
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.brightest = levels - 1
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Levels [B,C,H,W] -> [B,C,H,W] in `dtype`."""
+        return x.to(dtype) / self.brightest
+
+    def stepper(self, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, At], Tensor]:
+        """Return `forward` for a step: levels [n,C] -> [n,C]."""
+        return lambda previous, at: self(previous, dtype)
+
+
 def _look_up(rows: Tensor, first: Tensor, x: Tensor) -> Tensor:
     read = F.embedding(x.movedim(1, -1) + first, rows).flatten(-2)
     return F.pad(read, (0, 1), value=1.0).movedim(-1, 1)

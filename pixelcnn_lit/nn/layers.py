@@ -73,6 +73,18 @@ class CausalConv2d(nn.Module):
         return F.conv_transpose2d(below, mask, padding=(self.rows - 1, self.side))[0, 0] > 0
 
 
+def receptive_field(stack: nn.Module, image_size: tuple[int, int], i: int, j: int) -> Tensor:
+    """Return what a stack of causal convolutions sees from row i, column j: bool [H,W].
+
+    Its convolutions must lie in it in the order in which they are applied.
+    """
+    seen = torch.zeros(image_size, dtype=torch.bool)
+    seen[i, j] = True
+    for layer in reversed([module for module in stack.modules() if isinstance(module, CausalConv2d)]):
+        seen = layer.receptive_field(seen)
+    return seen
+
+
 def every_earlier_pixel(image_size: tuple[int, int], i: int, j: int) -> Tensor:
     """Return the pixels before row i, column j in raster order, bool [H,W]."""
     height, width = image_size
@@ -150,11 +162,11 @@ class PreNormStepper:
 
 
 class CausalHead(nn.Sequential):
-    """From the blocks to the features: two more masked convolutions and a 1×1, a ReLU before each."""
+    """From the blocks to the features: a norm, two more masked convolutions and a 1×1, a ReLU before each."""
 
-    def __init__(self, channels: int, out_channels: int, norm: nn.Module) -> None:
+    def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__(
-            norm,
+            ChannelNorm(channels),
             nn.ReLU(),
             CausalConv2d(channels, channels, 3, "B"),
             nn.ReLU(),
@@ -172,13 +184,11 @@ class CausalHeadStepper:
 
     def __init__(self, head: CausalHead, state: State[TapsCache]) -> None:
         norm, _, conv1, _, conv2, _, out = head
+        assert isinstance(norm, ChannelNorm)
         assert isinstance(conv1, CausalConv2d)
         assert isinstance(conv2, CausalConv2d)
         assert isinstance(out, nn.Conv2d)
-        self.convolutions = [
-            conv1.cache(state, before=norm if isinstance(norm, nn.LayerNorm) else None),
-            conv2.cache(state),
-        ]
+        self.convolutions = [conv1.cache(state, before=norm), conv2.cache(state)]
         self.bias = out.bias
         self.matrix = out.weight[..., 0, 0].T
 

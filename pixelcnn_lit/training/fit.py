@@ -157,6 +157,8 @@ class SaveConfig(Callback):
         self.training = True
         if trainer.is_global_zero:
             atomic_write_text(self.directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.settings)))
+            # The same for programs of other kinds; read by none of this one's.
+            atomic_write_text(self.directory / "config.json", json.dumps(self.settings, indent=2))
             (self.directory / "result.json").unlink(missing_ok=True)
 
 
