@@ -60,7 +60,7 @@ def main(
 
 def of_split(model: Density, split: str, ckpt: str, dataset: dict[str, Any]) -> Split:
     data = saved_or_given(ckpt, model.settings, dataset)
-    return getattr(data, split)
+    return data.split(split)
 
 
 def of_file(model: Density, path: str, n_images: int | None, batch_size: int) -> Split:

@@ -46,7 +46,7 @@ def main(
         raise UserError("task=ood and dataset@ood=NAME go together; type both")
     model = load(ckpt)
     data = saved_or_given(ckpt, model.settings, dataset, compared=[split])
-    images = chosen(getattr(data, split), n_images)
+    images = chosen(data.split(split), n_images)
     head = {"label": data.label, "split": split, "images": len(images), "checkpoint": ckpt}
     if task == "bpd":
         figures = bits_per_dimension(model, data.tested_on(images), split, trainer, threads)

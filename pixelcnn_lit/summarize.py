@@ -1,6 +1,7 @@
 """The table of a sweep, best first: python -m pixelcnn_lit.summarize DIRECTORY"""
 
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def main() -> None:
         sys.exit(f"error: {sys.argv[1]}: no runs in it")
     done = {job: json.loads((job / "result.json").read_bytes()) for job in jobs if (job / "result.json").is_file()}
     for figure in FIGURES:
-        _table({job: result for job, result in done.items() if f"val/{figure}" in result}, figure)
+        _table({job: result for job, result in done.items() if f"test/{figure}" in result}, figure)
     for job in jobs:
         if job not in done:
             overrides = shlex.join(_typed(job))
@@ -41,8 +42,13 @@ def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
     own = [key for key in found if key.removeprefix("val/") not in (figure, *LEFT_OUT)]  # figures of somebody's own
     columns, sign = (f"val/{figure}", f"test/{figure}", *own, *COLUMNS), 1 if figure == "bpd" else -1
     print(*(f"{column:>19}" for column in columns), " job: overrides", sep="")
+
+    def order(job: Path) -> tuple[str, float]:
+        return done[job]["label"], sign * done[job].get(columns[0], math.inf)  # without validation all are alike
+
     label = None
-    for job, result in sorted(done.items(), key=lambda item: (item[1]["label"], sign * item[1][columns[0]])):
+    for job in sorted(done, key=order):
+        result = done[job]
         if result["label"] != label:  # figures of different images do not compare
             print(label := result["label"])
         cells = (_cell(result.get(column, "-")) for column in columns)
@@ -61,7 +67,9 @@ def _typed(job: Path) -> list[str]:
     return left["overrides"] if began else left
 
 
-def _cell(value: Any) -> str:
+def _cell(value: int | float | str) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value < 100 else f"{value:.0f}"
 
 

@@ -22,7 +22,7 @@ from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.signals import Stopped
-from pixelcnn_lit.training.fit import fit, write_result
+from pixelcnn_lit.training.fit import fit, scores_line, write_result
 from pixelcnn_lit.training.run import Run, completed, open_run
 from pixelcnn_lit.training.sample_grid import SampleGrid
 
@@ -87,8 +87,7 @@ def train(
 def closing_lines(result: dict[str, Any], directory: Path, grids: list[Path]) -> str:
     nats = f" ({result['test/nats_per_image']:.2f} nats an image)" if "test/nats_per_image" in result else ""
     lines = [
-        f"{result['label']}: val {result['val/bpd']:.4f}, test {result['test/bpd']:.4f} bpd{nats} "
-        f"on {result['val/images']} and {result['test/images']} images (a uniform model: {result['uniform_bpd']:.4f})",
+        scores_line(result, "bpd", ".4f", f" bpd{nats}") + f" (a uniform model: {result['uniform_bpd']:.4f})",
         f"{result['n_params']:,} parameters, {result['images_per_second']:.0f} training images/s, "
         f"{result['seconds']:.0f} s in all",
         f"best checkpoint: {relative(result['checkpoint'])}",

@@ -23,7 +23,7 @@ from pixelcnn_lit.lit.metrics import per_class
 from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.scoring.plots import show_confusion
-from pixelcnn_lit.training.fit import fit, write_result
+from pixelcnn_lit.training.fit import fit, scores_line, write_result
 from pixelcnn_lit.training.run import Run, completed, open_run
 
 
@@ -79,8 +79,7 @@ def closing_lines(result: dict[str, Any], directory: Path, picture: Path) -> str
     shares = {name: share for name, share in result["test/accuracy_per_class"].items() if share is not None}
     return "\n".join([
         *(f"{name:>{max(map(len, shares))}}  {share:.1%}" for name, share in shares.items()),
-        f"{result['label']}: val {result['val/accuracy']:.2%}, test {result['test/accuracy']:.2%} "
-        f"on {result['val/images']} and {result['test/images']} images",
+        scores_line(result, "accuracy", ".2%"),
         f"{result['n_params']:,} parameters, {result['images_per_second']:.0f} training images/s, "
         f"{result['seconds']:.0f} s in all",
         f"best checkpoint: {relative(result['checkpoint'])}",

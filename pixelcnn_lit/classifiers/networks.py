@@ -7,10 +7,12 @@ images of any size that leaves something to look at.
 from http.client import HTTPException
 from typing import Annotated
 
+import torch
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as images
 
 from pixelcnn_lit.config.errors import UserError, first_line
@@ -20,6 +22,8 @@ Shape = tuple[int, int, int]
 
 class CNN(nn.Module):
     """Two 5×5 convolutions with max-pooling, and three linear layers: the network of PyTorch's own tutorial."""
+
+    mean, std = (0.5,), (0.5,)  # as the tutorial scales images, not by their own
 
     def __init__(self, image_shape: Shape, num_classes: int) -> None:
         super().__init__()
@@ -58,19 +62,20 @@ def _left_of(image_shape: Shape) -> int:
 
 
 class VGG(nn.Module):
-    """Three blocks of two 3×3 convolutions and a 2×2 pooling, and two linear layers: 2048-256-classes of 32×32.
+    """Three blocks of two 3×3 convolutions and a 2×2 pooling, and three linear layers: 4096-2048-256-classes of 32×32.
 
-    Simonyan, Zisserman 2015, Very Deep Convolutional Networks (arXiv 1409.1556), in small.
+    In the style of Simonyan, Zisserman 2015, Very Deep Convolutional Networks (arXiv 1409.1556), and much smaller.
     """
 
     def __init__(self, image_shape: Shape, num_classes: int) -> None:
         super().__init__()
         channels, pixels = image_shape[0], _left_of(image_shape)
         layers: list[nn.Module] = []
-        for a, b in ((channels, 32), (32, 64), (64, 128)):
-            layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.Conv2d(b, b, 3, padding=1), nn.ReLU()]
+        for a, b, c in ((channels, 16, 32), (32, 64, 128), (128, 128, 256)):
+            layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.Conv2d(b, c, 3, padding=1), nn.ReLU()]
             layers += [nn.MaxPool2d(2)]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * pixels, 256), nn.ReLU())
+        layers += [nn.Flatten(), nn.Linear(256 * pixels, 2048), nn.ReLU(), nn.Linear(2048, 256), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
         self.head = nn.Linear(256, num_classes)
 
 
@@ -78,7 +83,8 @@ class ResNet(nn.Module):
     """A ResNet of 6 n_residual + 2 layers for small images.
 
     He et al. 2016, Deep Residual Learning (arXiv 1512.03385), section 4.2, with 1×1 convolutions where the width
-    changes (its option B).
+    changes (its option B). Their ResNet-20 is width=16 n_residual=3 with shortcuts that are padded with zeros (option
+    A); by default this one is twice as wide, and 14 layers deep.
 
     Args:
         width: channels of the first of three stages, each twice as wide as the one before.
@@ -128,9 +134,10 @@ class VGG16Transfer(nn.Module):
     Args:
         weights: of torchvision, which downloads them where a run starts; null starts from nothing.
         train_convolutions: false trains the head alone.
+        mean, std: what images are scaled by, of each channel; by default what these weights were trained with.
+        crop: in training, images are shifted by up to so many pixels of 224 each way; black comes in at the edges.
     """
 
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what these weights want images to be scaled by
     SIDE = 224
 
     def __init__(
@@ -139,8 +146,14 @@ class VGG16Transfer(nn.Module):
         num_classes: int,
         weights: str | None = "IMAGENET1K_V1",
         train_convolutions: bool = False,
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        crop: Annotated[int, Interval(ge=0, le=SIDE)] = 0,
     ) -> None:
         super().__init__()
+        self.mean, self.std = mean, std
+        self.shift = v2.RandomCrop(self.SIDE, padding=crop)
+        self.crop = crop
         self.weights = weights
         self.convolutions = models.vgg16().features.requires_grad_(train_convolutions)
         self.hidden = nn.Sequential(
@@ -171,4 +184,13 @@ class VGG16Transfer(nn.Module):
     def body(self, x: Tensor) -> Tensor:
         """[B,1 or 3,H,W] -> [B,4096]."""
         rgb = x.expand(-1, 3, -1, -1)
-        return self.hidden(self.convolutions(images.resize(rgb, [self.SIDE, self.SIDE], antialias=True)))
+        enlarged = images.resize(rgb, [self.SIDE, self.SIDE], antialias=True)
+        if self.training and self.crop:
+            enlarged = self._shifted(enlarged)
+        return self.hidden(self.convolutions(enlarged))
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        """Shift each of the scaled images [B,3,224,224] on its own."""
+        black = -x.new_tensor(self.mean) / x.new_tensor(self.std)
+        above_black = x - black[:, None, None]
+        return torch.stack([self.shift(image) for image in above_black]) + black[:, None, None]

@@ -1,6 +1,7 @@
 """Look at a dataset: its statistics, nine images a class, its loader's speed.
 
 python -m pixelcnn_lit.data dataset=cifar10
+python -m pixelcnn_lit.data dataset=cifar10 dataset.random_crop=4 dataset.horizontal_flip=true augmented=true
 """
 
 from pixelcnn_lit.runs.launch import launch
@@ -12,33 +13,50 @@ import time
 from itertools import islice
 from typing import Any
 
+from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import ImageData, image_data, uniform_bpd
-from pixelcnn_lit.data.images import channel_statistics, first_of_each_class
+from pixelcnn_lit.data.images import Split, channel_statistics, first_of_each_class
 from pixelcnn_lit.data.pictures import grid, save
 from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative, run_dir
 from pixelcnn_lit.runs.terminal import progress
 
 
-def main(dataset: dict[str, Any], threads: Threads) -> None:
+def main(dataset: dict[str, Any], augmented: bool, threads: Threads) -> None:
     take_threads(threads)
     data = image_data(dataset)
     data.setup()
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    if augmented and not data.augmented:
+        raise UserError("augmented=true: nothing is switched on; type dataset.random_crop=4, for example")
+    every = {"train": data.train, "validation": data.validation, "test": data.test}
+    splits = {name: split for name, split in every.items() if len(split)}
     print(f"{data.label} ({uniform_bpd(data.levels):.4f} bpd for a uniform model)")
     for name, split in splits.items():
-        mean, std = ([round(value, 3) for value in values] for values in channel_statistics(split))
-        print(f"{name:>10}: {len(split)} images, mean {mean}, standard deviation {std} (of levels, per channel)")
+        print(f"{name:>10}: {len(split)} images, per channel: {statistics(split, data.levels)}")
     print(f"{'class':>12}" + "".join(f"{name:>12}" for name in splits))
     for label, class_name in enumerate(data.class_names):
         print(f"{class_name:>12}" + "".join(f"{int((split.y == label).sum()):>12}" for split in splits.values()))
-    nine = first_of_each_class(data.train, len(data.class_names), 9)
+    nine = first_of_each_class(data.drawn_from if augmented else data.train, len(data.class_names), 9)
+    if augmented:
+        nine = data.augment(nine.flatten(0, 1)).view_as(nine)
     save(grid(nine, data.levels), run_dir() / "images.png")
     print(relative(run_dir() / "images.png"))
     if len(data.train) >= data.batch_size:
         print(f"its loader serves {loader_speed(data):,.0f} training images/s in batches of {data.batch_size}")
     else:
         print(f"too few to train on in batches of dataset.batch_size={data.batch_size}")
+
+
+def statistics(split: Split, levels: int) -> str:
+    """Mean and deviation of each channel, in levels and as shares of the brightest one."""
+
+    def shown(values: list[float]) -> str:
+        in_levels = ", ".join(f"{value:.2f}" for value in values)
+        shares = ", ".join(f"{value / (levels - 1):.4f}" for value in values)
+        return f"{in_levels} (in [0, 1]: {shares})"
+
+    mean, std = channel_statistics(split)
+    return f"mean {shown(mean)}, standard deviation {shown(std)}"
 
 
 def loader_speed(data: ImageData) -> float:

@@ -8,8 +8,10 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import lightning as L
+import torch
 from annotated_types import Ge, Interval
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from pixelcnn_lit.checkpoints.read import read_checkpoint, require_same
 from pixelcnn_lit.config.build import check, resolve
@@ -30,6 +32,7 @@ class ImageData(L.LightningDataModule):
     Args:
         load: the source; called once.
         batch_size: over all processes together.
+        validation_fraction: of the training images, where the source has no validation split; 0 leaves none.
         levels: requantize to so many levels; 2 binarizes, by threshold ("static") or by chance ("dynamic").
         resize, pad, horizontal_flip, random_crop: each changes the label.
     """
@@ -63,6 +66,8 @@ class ImageData(L.LightningDataModule):
         verify(images, self.title)
         if images.validation is None:
             images.train, images.validation = carve_validation(images.train, self.validation_fraction, seed=0)
+        elif self.validation_fraction == 0:
+            raise UserError(f"dataset.validation_fraction=0: {self.title} has validation images of its own; leave it out")
         self.class_names = images.class_names
         self._source_levels = images.levels
         self.levels = self._wanted_levels or images.levels
@@ -74,7 +79,7 @@ class ImageData(L.LightningDataModule):
         shown = {name: self._requantise(split) for name, split in framed.items()}
         self.train, self.validation, self.test = shown["train"], shown["validation"], shown["test"]
         # What training batches are gathered from: under dynamic binarization the grey images, drawn anew each time.
-        self._drawn_from = framed["train"] if self.dynamic else self.train
+        self.drawn_from = framed["train"] if self.dynamic else self.train
         self._augmentations = self._plan_augmentations()
 
     def _frame(self, split: Split) -> Split:
@@ -110,6 +115,7 @@ class ImageData(L.LightningDataModule):
         """The dataset as scored and trained on: a bpd under another label is not comparable."""
         channels, height, width = self.train.x.shape[1:]
         changes = [
+            (not len(self.validation), "trained without validation"),
             (self.resize, f"resized to {self.resize}"),
             (self.pad, f"padded by {self.pad}"),
             (self.levels == 2 < self._source_levels, f"{'dynamic' if self.dynamic else 'static'} binarization"),
@@ -144,11 +150,28 @@ class ImageData(L.LightningDataModule):
         data.test = images
         return data
 
+    def split(self, name: str) -> Split:
+        """Return one of the three splits. Raises UserError where it is empty."""
+        found: Split = {"train": self.train, "validation": self.validation, "test": self.test}[name]
+        if not len(found):
+            raise UserError(f"{name}: {self.label} has no such images; type another split")
+        return found
+
+    def augment(self, x: Tensor) -> Tensor:
+        """Return images of `drawn_from` as a training batch may have them."""
+        batch, _ = Gather(Split(x, torch.zeros(len(x))), self._augmentations).__getitems__((0, torch.arange(len(x))))
+        return batch
+
+    @property
+    def augmented(self) -> bool:
+        """Whether training batches differ from the training images."""
+        return bool(self._augmentations)
+
     def train_dataloader(self) -> LazyLoader:
         batches = self._batches(self.train, shuffle=True)
         if not len(batches):
             raise UserError(f"dataset.batch_size={self.batch_size}: more than the {len(self.train)} training images")
-        return loader(Gather(self._drawn_from, self._augmentations), batches, self.num_workers)
+        return loader(Gather(self.drawn_from, self._augmentations), batches, self.num_workers)
 
     def val_dataloader(self) -> LazyLoader:
         return self.score_dataloader(self.validation)

@@ -94,7 +94,12 @@ def channel_statistics(split: Split) -> tuple[list[float], list[float]]:
 
 
 def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Training and validation images from the official training set, by a permutation drawn from `seed`."""
+    """Training and validation images from the official training set, by a permutation drawn from `seed`.
+
+    A fraction of 0 leaves no validation images.
+    """
+    if fraction == 0:
+        return train, train[:0]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     n_validation = round(fraction * len(train))
     if not 0 < n_validation < len(train):

@@ -26,8 +26,10 @@ def requantize_levels(x: Tensor, old: int, new: int) -> Tensor:
 
 def binarize_by_index(x: Tensor, levels: int, seed: int) -> Tensor:
     """Draw each pixel white with probability x / (levels - 1); image n's draw is a function of (seed, n)."""
-    draws = [uniform((seed, n), tuple(x.shape[1:])) for n in progress(range(len(x)), desc="binarizing")]
-    return torch.stack([u < image / (levels - 1) for u, image in zip(draws, x, strict=True)]).to(torch.uint8)
+    binary = torch.empty_like(x)
+    for n, image in enumerate(progress(x, desc="binarizing")):
+        binary[n] = uniform((seed, n), tuple(image.shape)) < image / (levels - 1)
+    return binary
 
 
 def flip(x: Tensor, generator: torch.Generator) -> Tensor:

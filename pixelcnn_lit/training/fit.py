@@ -18,10 +18,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pixelcnn_lit.checkpoints.load import require_loadable
 from pixelcnn_lit.checkpoints.read import read_checkpoint, require_same
-from pixelcnn_lit.config.build import build
+from pixelcnn_lit.config.build import build, resolve
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.data.datamodule import ImageData
 from pixelcnn_lit.lit.trainable import Trainable
@@ -79,6 +80,9 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     require_loadable(*module.stored())
     torch.compiler.reset()  # the jobs of a sweep share a process: from the ninth on, none would be compiled
     throughput, loss, saved_with = Throughput(), TrainingLoss(), hparams | extra_config
+    if not len(data.validation):
+        saved_with["callbacks"] = keep_the_last(saved_with["callbacks"], saved_with["scheduler"])
+        saved_with["trainer"] = saved_with["trainer"] | {"limit_val_batches": 0}
     extras = [build_callback(name, own) for name, own in saved_with["callbacks"].items()]
     saved = load_resume_state(str(run.start), module, data, extras) if run.start else {}
     begun = SaveConfig(run.directory, saved_with)
@@ -93,7 +97,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         begun,
     ]
     trainer = make_trainer(
-        hparams["trainer"],
+        saved_with["trainer"],
         callbacks=[*extras, *always, *([] if sys.stdout.isatty() else [EpochLine(loss)])],
         # purge_step: TensorBoard forgets what the run wrote after its last checkpoint
         logger=TensorBoardLogger(
@@ -144,6 +148,15 @@ def write_result(directory: Path, result: dict[str, Any], throughput: Throughput
     return result
 
 
+def scores_line(result: dict[str, Any], figure: str, form: str, unit: str = "") -> str:
+    """Return what a run has scored by a figure, for its closing lines."""
+    test = f"test {result[f'test/{figure}']:{form}}{unit} on"
+    if f"val/{figure}" not in result:
+        return f"{result['label']}: the last weights, {test} {result['test/images']} images"
+    val = f"val {result[f'val/{figure}']:{form}}"
+    return f"{result['label']}: {val}, {test} {result['val/images']} and {result['test/images']} images"
+
+
 class SaveConfig(Callback):
     """Save the settings, now that all of them have been accepted, and know that training has begun.
 
@@ -162,15 +175,32 @@ class SaveConfig(Callback):
             (self.directory / "result.json").unlink(missing_ok=True)
 
 
+def keep_the_last(callbacks: dict[str, Any], scheduler: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the config of callbacks where no images are left to validate on: the last weights are kept as the best.
+
+    Raises UserError where another setting wants the figures of a validation.
+    """
+    without = "dataset.validation_fraction=0 leaves nothing to validate on"
+    if scheduler and resolve(scheduler["_target_"], LRScheduler) is ReduceLROnPlateau:
+        raise UserError(f"scheduler: ReduceLROnPlateau follows validations, and {without}; type another")
+    for name, config in callbacks.items():
+        if name != "best" and str(config.get("monitor")).startswith("val/"):
+            raise UserError(f"callbacks.{name}.monitor={config['monitor']}: {without}; type ~callbacks.{name}")
+    return callbacks | {"best": callbacks["best"] | {"monitor": None}}
+
+
 def require_validation(trainer: L.Trainer, data: ImageData, monitor: str, mode: str) -> None:
     """Refuse, before any training, settings under which nothing would be kept as best, or tested."""
     every, epochs, kept = trainer.check_val_every_n_epoch, trainer.max_epochs, trainer.checkpoint_callback
-    if not isinstance(kept, ModelCheckpoint) or (kept.monitor, kept.mode) != (monitor, mode):
+    wanted = monitor if len(data.validation) else None
+    if not isinstance(kept, ModelCheckpoint) or (kept.monitor, kept.mode) != (wanted, mode):
         raise UserError(f"callbacks.best: must keep the weights best on {monitor} (mode {mode}); type that")
     if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
         raise UserError("trainer.fast_dev_run: keeps no checkpoint; type trainer.max_steps=1")
-    for name, split in (("val", data.validation), ("test", data.test)):
-        require_batches(trainer, name, len(split), data.batch_size)
+    require_batches(trainer, "test", len(data.test), data.batch_size)
+    if not wanted:
+        return
+    require_batches(trainer, "val", len(data.validation), data.batch_size)
     if every and epochs is not None and 0 <= epochs < every:
         raise UserError(f"trainer.max_epochs={epochs}: type at least trainer.check_val_every_n_epoch={every}")
 
