@@ -1,5 +1,6 @@
 """Classifiers, what they say of samples, and a density model as one."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import density, open_data
 from torch import nn
+from torchvision import models
 
 from pixelcnn_lit.classifiers.networks import ResidualBlock
 from pixelcnn_lit.config.build import build
@@ -46,7 +48,7 @@ def digits():
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (1, 17, 23)])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "vgg16_transfer"])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("vgg16")])
 def test_each_network_reads_images_of_any_size(name, shape):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose("train_classifier", [f"classifier={name}"]).classifier, resolve=True)
@@ -69,14 +71,49 @@ def test_the_gradients_of_a_narrow_residual_block_are_right():
         assert (single - double).norm() < 1e-4 * double.norm() + 1e-2
 
 
-def test_the_published_sizes_are_those_of_cifar10():
-    def built(name: str) -> nn.Module:
-        config = {"_target_": f"pixelcnn_lit.classifiers.networks.{name}"}
-        return build("classifier", config, nn.Module, image_shape=(3, 32, 32), num_classes=10)
+@pytest.mark.parametrize(("name", "published"), [("CNN", 62_006), ("ConvBN", 430_346), ("VGG", 9_457_962)])
+def test_a_classifier_of_cifar10_has_as_many_parameters_as_published(name, published):
+    config = {"_target_": f"pixelcnn_lit.classifiers.networks.{name}"}
+    net = build("classifier", config, nn.Module, image_shape=(3, 32, 32), num_classes=10)
+    assert sum(parameter.numel() for parameter in net.parameters()) == published
 
-    assert [m.in_features for m in built("CNN").modules() if isinstance(m, nn.Linear)] == [400, 120, 84]
-    assert built("ConvBN").head.in_features == 256 * 4 * 4
-    assert [m.in_features for m in built("VGG").modules() if isinstance(m, nn.Linear)] == [2048, 256]
+
+RECIPES = {
+    "cnn": "epochs 2, batch 4, SGD 1e-3, momentum 0.9",
+    "conv_bn": "epochs 20, batch 64, SGD 1e-2, ExponentialLR 0.9",
+    "vgg": "epochs 100, batch 32, Adam 1e-3, crop 4, flip",
+    "vgg16_finetuned": "epochs 30, batch 32, Adam 1e-4, crop 4 of 224, flip, all weights",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_classifiers_recipe_is_the_published_one(name):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train_classifier", [f"classifier={name}"])
+    data, optimizer, classifier = cfg.dataset, cfg.optimizer, cfg.classifier
+    rate = f"{optimizer.lr:.0e}".replace("e-0", "e-")
+    told = [f"epochs {cfg.trainer.max_epochs}", f"batch {data.batch_size}"]
+    told += [f"{optimizer._target_.rpartition('.')[2]} {rate}"]
+    told += [f"momentum {optimizer.momentum}"] if "momentum" in optimizer else []
+    told += [f"ExponentialLR {cfg.scheduler.gamma}"] if cfg.get("scheduler") else []
+    told += [f"crop {data.random_crop}"] if data.random_crop else []
+    told += [f"crop {classifier.crop} of 224"] if classifier.get("crop") else []
+    told += ["flip"] if data.horizontal_flip else []
+    told += ["all weights"] if classifier.get("train_convolutions") else []
+    assert ", ".join(told) == RECIPES[name]
+    assert cfg.trainer.gradient_clip_val is None
+    assert "weight_decay" not in optimizer
+
+
+def test_the_tutorials_network_scales_by_a_half_and_others_by_the_training_images(judge):
+    facts = {"mean": [0.3, 0.4, 0.5], "std": [0.1, 0.2, 0.3], "image_shape": [3, 32, 32], "num_classes": 2}
+    facts |= {"levels": 256, "class_names": ["a", "b"], "label": "x", "dataset": {}, "optimizer": {}}
+    for name, mean, std in (("CNN", [0.5], [0.5]), ("VGG", [0.3, 0.4, 0.5], [0.1, 0.2, 0.3])):
+        config = {"_target_": f"pixelcnn_lit.classifiers.networks.{name}"}
+        classifier = ClassifierModule(classifier=config, **facts)
+        x = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+        by_hand = (x / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        assert torch.allclose(classifier.scaled(x), by_hand, atol=1e-6)
 
 
 def test_vgg16_keeps_its_convolutions_and_scales_images_as_they_were_trained():
@@ -89,6 +126,52 @@ def test_vgg16_keeps_its_convolutions_and_scales_images_as_they_were_trained():
     assert net.mean == (0.485, 0.456, 0.406)
     with torch.device("meta"):
         assert net.head(net.body(torch.empty(2, 1, 28, 28))).shape == (2, 10)
+
+
+def test_vgg16_finetuned_trains_all_weights_and_shifts_each_image_on_its_own():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train_classifier", ["classifier=vgg16_finetuned"]).classifier)
+    with torch.device("meta"):
+        net = build("classifier", config, nn.Module, image_shape=(3, 32, 32), num_classes=10)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    mean, std = (torch.tensor(values)[:, None, None] for values in (net.mean, net.std))
+    assert mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
+    white = ((1 - mean) / std).expand(8, 3, 224, 224)
+    torch.manual_seed(0)
+    shifted = net._shifted(white) * std + mean
+    assert set(shifted.round(decimals=4).unique().tolist()) == {0.0, 1.0}  # black came in
+    corners = [tuple((image[0] > 0.5).nonzero()[0].tolist()) for image in shifted]
+    assert len(set(corners)) > 1
+    assert max(map(max, corners)) <= 4
+    seen = []
+    net.shift.forward = lambda image: seen.append(1) or image
+    with torch.device("meta"):
+        for training in (True, False):
+            net.train(training).body(torch.empty(2, 3, 32, 32))
+    assert len(seen) == 2  # in training alone
+
+
+def test_a_file_of_published_weights_is_downloaded_and_read(tmp_path, monkeypatch):
+    """In the format of torchvision's, with all its shapes; that every tensor repeats one number makes it small."""
+    with torch.device("meta"):
+        sizes = {name: value.shape for name, value in models.vgg16().state_dict().items()}
+    ones = {name: torch.ones(1).expand(size) for name, size in sizes.items()}
+    torch.save(ones, tmp_path / "x.pth")
+    checksum = hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()
+    file = (tmp_path / "x.pth").rename(tmp_path / f"vgg16-{checksum[:8]}.pth")
+    assert file.stat().st_size < 100_000
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(models.VGG16_Weights.IMAGENET1K_V1.value, "url", file.as_uri())
+    config = {"_target_": "pixelcnn_lit.classifiers.networks.VGG16Transfer"}
+    with torch.device("meta"):
+        net = build("classifier", config, nn.Module, image_shape=(3, 32, 32), num_classes=10)
+    net.convolutions.to_empty(device="cpu")
+    net.load_pretrained()
+    assert all((parameter == 1).all() for parameter in net.convolutions.parameters())
+    damaged = file.rename(tmp_path / "vgg16-00000000.pth")
+    monkeypatch.setattr(models.VGG16_Weights.IMAGENET1K_V1.value, "url", damaged.as_uri())
+    with pytest.raises(UserError, match=r"cannot be downloaded \(invalid hash value"):
+        net.load_pretrained()
 
 
 def test_published_weights_are_loaded_where_a_run_starts_and_what_fails_is_told_in_one_line(monkeypatch):

@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers import save_npz
+from helpers import command, refused, save_npz
 from PIL import Image
 from tiny import open_data
 from torchvision import datasets
@@ -331,3 +331,18 @@ def test_a_fingerprint_is_of_each_value_class_and_place():
     assert len({fingerprint(split) for split in [*splits, Split(x[:5], y[:5])]}) == 6
     assert fingerprint(Split(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), y)) == fingerprint(splits[0])
     assert fingerprint(splits[0]).startswith("6 images of checksum ")
+
+
+def test_data_shows_the_images_as_they_are_trained_on(tmp_path, capsys):
+    switched_on = ["dataset.horizontal_flip=true", "dataset.random_crop=2"]
+    for name, own in (("plain", switched_on), ("augmented", [*switched_on, "augmented=true"])):
+        command("data", *own, f"run_dir={tmp_path}/{name}")
+    plain, augmented = (np.asarray(Image.open(tmp_path / name / "images.png")) for name in ("plain", "augmented"))
+    assert plain.shape == augmented.shape
+    assert not (plain == augmented).all()
+    data = open_data(*switched_on)
+    nine = first_of_each_class(data.train, 10, 9).flatten(0, 1)
+    assert not torch.equal(data.augment(nine), nine)
+    mean = data.train.x.double().mean()
+    assert f"mean {mean:.2f} (in [0, 1]: {mean / 16:.4f})" in capsys.readouterr().out
+    assert "augmented=true: nothing is switched on" in refused("data", "augmented=true", f"run_dir={tmp_path}/none")

@@ -541,6 +541,29 @@ def test_a_recipe_for_a_gpu_takes_a_few_steps_on_a_cpu(tmp_path, monkeypatch, re
     assert math.isfinite(result["test/bpd"])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("recipe", "n_layers", "state"),
+    [("cifar10/row_lstm", 12, 128), ("cifar10/diagonal_bilstm", 12, 128), ("mnist/diagonal_bilstm", 7, 16)],
+)
+def test_the_lstms_of_the_papers_size_take_a_step(tmp_path, recipe, n_layers, state):
+    size = (28, 28) if recipe.startswith("mnist") else (32, 32, 3)
+    save_npz(tmp_path / "x.npz", size, 4, 1, classes=2)
+    few = ["dataset=npz", f"dataset.path={tmp_path}/x.npz", "dataset.num_workers=0", "dataset.validation_fraction=0.25"]
+    command(
+        "train",
+        f"experiment={recipe}",
+        *few,
+        "dataset.batch_size=1",
+        "trainer.max_steps=1",
+        "~callbacks.samples",
+        f"run_dir={tmp_path}/run",
+    )
+    network = load(str(tmp_path / "run")).network
+    assert len(network.layers) == n_layers
+    assert {layer.out.in_channels for layer in network.layers} == {state}
+
+
 @pytest.mark.parametrize("likelihood", ["categorical", "categorical_independent", "logistic_mixture"])
 def test_a_colour_model_trains_is_scored_and_draws(tmp_path, monkeypatch, likelihood):
     save_npz(tmp_path / "x.npz", (5, 4, 3), 80, 9, classes=3)

@@ -67,7 +67,9 @@ class ImageData(L.LightningDataModule):
         if images.validation is None:
             images.train, images.validation = carve_validation(images.train, self.validation_fraction, seed=0)
         elif self.validation_fraction == 0:
-            raise UserError(f"dataset.validation_fraction=0: {self.title} has validation images of its own; leave it out")
+            raise UserError(
+                f"dataset.validation_fraction=0: {self.title} has validation images of its own; leave it out"
+            )
         self.class_names = images.class_names
         self._source_levels = images.levels
         self.levels = self._wanted_levels or images.levels

@@ -4,7 +4,10 @@ Paper: van den Oord, Kalchbrenner, Kavukcuoglu 2016, Pixel Recurrent Neural Netw
     and equation 3; the residual connection of section 3.3 and figure 5: states are half as wide as the stream.
 What differs: the pixel before in raster order enters directly: with the paper's masks alone, the last pixel of the row
     above reaches no pixel but the last ones of a row. The class enters the gates as a bias; colour is left to the
-    likelihood; a norm over channels before each layer; the 1×1 convolution that ends a layer starts at zero.
+    likelihood; a norm over channels before each layer; the 1×1 convolution that ends a layer starts at zero. There are
+    no connections from each layer to the output, the output layers are as wide as the stream (the paper's: 1,024 for
+    CIFAR-10, 32 for MNIST), and the first states are zero, not learnt. experiment=cifar10/diagonal_bilstm and
+    mnist/diagonal_bilstm have the paper's sizes.
 Receptive field: every earlier pixel, from the first layer on.
 Training-mode loss: a likelihood.
 """

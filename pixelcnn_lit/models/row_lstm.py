@@ -3,7 +3,9 @@
 Paper: van den Oord, Kalchbrenner, Kavukcuoglu 2016, Pixel Recurrent Neural Networks (arXiv 1601.06759), section 3.1
     and equation 3; the residual connection of section 3.3 and figure 5: states are half as wide as the stream.
 What differs: the class enters the gates as a bias; colour is left to the likelihood; a norm over channels before each
-    layer; the 1×1 convolution that ends a layer starts at zero.
+    layer; the 1×1 convolution that ends a layer starts at zero. There are no connections from each layer to the output,
+    the output layers are as wide as the stream (the paper's: 1,024), and the first states are zero, not learnt.
+    experiment=cifar10/row_lstm has the paper's size.
 Receptive field: a triangle that widens by one column a row, all the way up, from the first layer on, and a little more
     to the left with each layer, as `receptive_field` tells. Nothing beyond it is seen.
 Training-mode loss: a likelihood.

@@ -186,7 +186,7 @@ def keep_the_last(callbacks: dict[str, Any], scheduler: dict[str, Any] | None) -
     for name, config in callbacks.items():
         if name != "best" and str(config.get("monitor")).startswith("val/"):
             raise UserError(f"callbacks.{name}.monitor={config['monitor']}: {without}; type ~callbacks.{name}")
-    return callbacks | {"best": callbacks["best"] | {"monitor": None}}
+    return callbacks | {"best": callbacks["best"] | {"monitor": None, "save_on_train_epoch_end": True}}
 
 
 def require_validation(trainer: L.Trainer, data: ImageData, monitor: str, mode: str) -> None:

@@ -1,0 +1,85 @@
+"""dataset.validation_fraction=0: all training images are trained on, and the last weights are kept and tested."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import command, killed, refused, save_npz
+from tiny import open_data
+
+from pixelcnn_lit.checkpoints.read import read_checkpoint
+from pixelcnn_lit.lit.density_module import DensityModule
+
+STOP = "+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"
+
+
+@pytest.fixture
+def all_of_it(tmp_path) -> list[str]:
+    save_npz(tmp_path / "x.npz", (5, 4), 40, 12, classes=3)
+    data = ["dataset=npz", f"dataset.path={tmp_path}/x.npz", "dataset.batch_size=8", "dataset.validation_fraction=0"]
+    return [*data, "dataset.num_workers=0", "trainer.log_every_n_steps=1", "trainer.precision=32-true"]
+
+
+SMALL = ["model_size=tiny", "sampler.n_per_class=1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "steps"),
+    [
+        ("train", [*SMALL, "trainer.max_epochs=2"], 10),
+        ("train", [*SMALL, "trainer.max_steps=7", "callbacks=samples"], 7),
+        ("train", [*SMALL, "trainer.max_epochs=1", "trainer.val_check_interval=2"], 5),
+        ("train", [*SMALL, "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2"], 15),
+        ("train_classifier", ["classifier.width=4", "trainer.max_epochs=2"], 10),
+    ],
+)
+def test_the_last_weights_are_kept_and_tested(tmp_path, all_of_it, capsys, name, own, steps):
+    command(name, *all_of_it, *own, f"run_dir={tmp_path}/run")
+    kept, last = (read_checkpoint(tmp_path / "run" / "checkpoints" / f"{which}.ckpt") for which in ("best", "last"))
+    assert kept["global_step"] == last["global_step"] == steps
+    assert all(torch.equal(value, last["state_dict"][key]) for key, value in kept["state_dict"].items())
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test/images"] == 12
+    assert not [key for key in result if key.startswith("val/")]
+    assert "trained without validation" in result["label"]
+    assert "trained without validation: the last weights, test" in capsys.readouterr().out
+
+
+def test_all_images_are_trained_on(all_of_it):
+    data = open_data(*(setting for setting in all_of_it if setting.startswith("dataset")))
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [40, 0, 12]
+    assert sum(len(y) for _, y in data.train_dataloader()) == 40
+
+
+def test_such_a_run_killed_and_resumed_ends_like_one_never_killed(tmp_path, all_of_it):
+    own = [*SMALL, "trainer.max_epochs=2", "callbacks.last.every_n_steps=1"]
+    command("train", *all_of_it, *own, f"run_dir={tmp_path}/whole")
+    with killed(DensityModule, "training_step", 7):
+        command("train", *all_of_it, *own, f"run_dir={tmp_path}/cut")
+    command("train", f"run_dir={tmp_path}/cut", "ckpt=last")
+    whole, cut = (best(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+
+
+def best(run: Path) -> dict:
+    return read_checkpoint(run / "checkpoints" / "best.ckpt")["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (["scheduler=plateau"], "scheduler: ReduceLROnPlateau follows validations"),
+        ([STOP, "+callbacks.stop.monitor=val/nll"], "callbacks.stop.monitor=val/nll: dataset.validation_fraction=0"),
+    ],
+)
+def test_what_follows_validations_is_refused(tmp_path, all_of_it, own, message):
+    assert message in refused("train", *all_of_it, *SMALL, *own, f"run_dir={tmp_path}/run")
+
+
+def test_a_source_with_validation_images_of_its_own_refuses_and_an_empty_split_is_none_to_score(tmp_path, all_of_it):
+    said = refused("train", "dataset=digits", "dataset.validation_fraction=0", f"run_dir={tmp_path}/a")
+    assert "digits has validation images of its own" in said
+    command("train", *all_of_it, *SMALL, "trainer.max_epochs=1", f"run_dir={tmp_path}/run")
+    said = refused("evaluate", f"ckpt={tmp_path}/run", "split=validation", f"run_dir={tmp_path}/b")
+    assert "trained without validation has no such images; type another split" in said
