@@ -22,8 +22,9 @@ def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"], thre
         raise UserError(f"out={out}: type a name that ends in .safetensors")
     model = load(ckpt)
     # Where the data lay is an affair of the machine it was trained on.
-    dataset = {key: value for key, value in model.settings["dataset"].items() if key not in ("root", "path")}
-    dataset["name"] = plain_name(dataset["name"])
+    dataset = {k: value for k, value in (model.settings["dataset"] or {}).items() if k not in ("root", "path")}
+    if "name" in dataset:
+        dataset["name"] = plain_name(dataset["name"])
     width = model.settings["model"].get("hidden_channels")
     if dtype == "int8" and not width:
         raise UserError("dtype=int8: this network has no hidden_channels; type dtype=float16")

@@ -23,16 +23,12 @@ from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.signals import Stopped
 from pixelcnn_lit.training.fit import fit, scores_line, write_result
-from pixelcnn_lit.training.run import Run, completed, open_run
+from pixelcnn_lit.training.run import Run, train_in_a_run
 from pixelcnn_lit.training.sample_grid import SampleGrid
 
 
 def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
-    if skip_completed and completed():
-        return
-    with open_run(ckpt, settings, or_anew=skip_completed) as run:
-        check("", train, run.settings, known=["run"])
-        train(run, **run.settings)
+    train_in_a_run(train, ckpt, skip_completed, settings)
 
 
 def train(

@@ -24,15 +24,11 @@ from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.scoring.plots import show_confusion
 from pixelcnn_lit.training.fit import fit, scores_line, write_result
-from pixelcnn_lit.training.run import Run, completed, open_run
+from pixelcnn_lit.training.run import Run, train_in_a_run
 
 
 def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
-    if skip_completed and completed():
-        return
-    with open_run(ckpt, settings, or_anew=skip_completed) as run:
-        check("", train, run.settings, known=["run"])
-        train(run, **run.settings)
+    train_in_a_run(train, ckpt, skip_completed, settings)
 
 
 def train(
@@ -56,8 +52,8 @@ def train(
     facts = {**data.facts, "label": data.label, "dataset": dataset, "mean": mean, "std": std}
     check("", ClassifierModule, settings, known=facts)
     classifier = ClassifierModule(**facts, **settings)
-    if run.start is None and hasattr(classifier.net, "load_pretrained"):
-        classifier.net.load_pretrained()
+    if run.start is None:
+        classifier.load_pretrained()
     rank_zero_only(print)(summarize(classifier, max_depth=3))
     hparams = {"seed": seed, "dataset": dataset, **settings, "trainer": trainer}
     extra_config = {"callbacks": callbacks, "overrides": overrides, "threads": threads}

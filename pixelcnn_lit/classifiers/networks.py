@@ -1,7 +1,6 @@
 """Classifiers: small networks that read an image's class, to judge samples by.
 
-Each is a `body`, scaled images [B,C,H,W] -> features [B,F], and a `head`, features -> logits [B,num_classes], for
-images of any size that leaves something to look at.
+Each is a `Classifier` (protocols.py) for images of any size that leaves something to look at.
 """
 
 from http.client import HTTPException

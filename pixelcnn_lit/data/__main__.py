@@ -13,7 +13,6 @@ import time
 from itertools import islice
 from typing import Any
 
-from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.data.images import Split, channel_statistics, first_of_each_class
 from pixelcnn_lit.data.pictures import grid, save
@@ -26,8 +25,9 @@ def main(dataset: dict[str, Any], augmented: bool, threads: Threads) -> None:
     take_threads(threads)
     data = image_data(dataset)
     data.setup()
-    if augmented and not data.augmented:
-        raise UserError("augmented=true: nothing is switched on; type dataset.random_crop=4, for example")
+    nine = first_of_each_class(data.drawn_from if augmented else data.train, len(data.class_names), 9)
+    if augmented:
+        nine = data.augment(nine.flatten(0, 1)).view_as(nine)
     every = {"train": data.train, "validation": data.validation, "test": data.test}
     splits = {name: split for name, split in every.items() if len(split)}
     print(f"{data.label} ({uniform_bpd(data.levels):.4f} bpd for a uniform model)")
@@ -36,9 +36,6 @@ def main(dataset: dict[str, Any], augmented: bool, threads: Threads) -> None:
     print(f"{'class':>12}" + "".join(f"{name:>12}" for name in splits))
     for label, class_name in enumerate(data.class_names):
         print(f"{class_name:>12}" + "".join(f"{int((split.y == label).sum()):>12}" for split in splits.values()))
-    nine = first_of_each_class(data.drawn_from if augmented else data.train, len(data.class_names), 9)
-    if augmented:
-        nine = data.augment(nine.flatten(0, 1)).view_as(nine)
     save(grid(nine, data.levels), run_dir() / "images.png")
     print(relative(run_dir() / "images.png"))
     if len(data.train) >= data.batch_size:

@@ -160,14 +160,11 @@ class ImageData(L.LightningDataModule):
         return found
 
     def augment(self, x: Tensor) -> Tensor:
-        """Return images of `drawn_from` as a training batch may have them."""
+        """Return images of `drawn_from` as a training batch may have them. Raises UserError where that changes none."""
+        if not self._augmentations:
+            raise UserError("augmented=true: nothing is switched on; type dataset.random_crop=4, for example")
         batch, _ = Gather(Split(x, torch.zeros(len(x))), self._augmentations).__getitems__((0, torch.arange(len(x))))
         return batch
-
-    @property
-    def augmented(self) -> bool:
-        """Whether training batches differ from the training images."""
-        return bool(self._augmentations)
 
     def train_dataloader(self) -> LazyLoader:
         batches = self._batches(self.train, shuffle=True)
@@ -215,6 +212,8 @@ def saved_or_given(ckpt: str, saved: dict[str, Any], given: dict[str, Any], comp
     where the `compared` splits of the same dataset are not those of the run that left the checkpoint.
     """
     typed = {key: value for key, value in given.items() if value is not None}
+    if not saved["dataset"] and "_target_" not in typed:
+        raise UserError(f"ckpt={ckpt}: names no dataset; type dataset=")
     data = image_data(typed if "_target_" in typed else saved["dataset"] | typed)
     data.setup()
     require_same(ckpt, saved, data.facts)

@@ -227,7 +227,8 @@ class Density(nn.Module):
         if known.shape != x.shape[2:] or known.dtype != torch.bool:
             raise UserError(f"known: {known.dtype} {list(known.shape)}; give bool {list(x.shape[2:])}")
         sampler = {"_target_": SAMPLER, "n_per_class": n, "seed": seed, **settings}
-        return self.draw(sampler, y.tolist(), image=x, known=known)
+        classes = self.class_numbers(y.tolist(), "y") if self.conditional else y.tolist()
+        return self.draw(sampler, classes, image=x.to(self.device), known=known.to(self.device))
 
     def _require_images(self, x: Tensor, y: Tensor) -> None:
         if tuple(x.shape[1:]) != self.image_shape or x.dtype.is_floating_point:

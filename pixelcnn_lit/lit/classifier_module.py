@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from pixelcnn_lit.checkpoints.load import load_module
 from pixelcnn_lit.checkpoints.read import require_same
+from pixelcnn_lit.classifiers.protocols import Classifier, OwnScale, Pretrained
 from pixelcnn_lit.config.build import build
 from pixelcnn_lit.lit.metrics import accuracy, share_buffers
 from pixelcnn_lit.lit.trainable import Trainable
@@ -35,6 +36,7 @@ class ClassifierModule(Trainable):
     MONITOR = ("val/accuracy", "max")
     IDENTITY = ("classifier",)
 
+    net: Classifier
     mean: Tensor
     std: Tensor
 
@@ -56,16 +58,21 @@ class ClassifierModule(Trainable):
         super().__init__()
         self.save_hyperparameters()
         shape = tuple(image_shape)
-        self.net: Any = build("classifier", classifier, nn.Module, image_shape=shape, num_classes=num_classes)
-        for name, own in (("mean", mean), ("std", std)):
-            values = torch.tensor(getattr(self.net, name, own), dtype=torch.float32)
-            self.register_buffer(name, values[:, None, None], persistent=False)
+        self.net = build("classifier", classifier, nn.Module, image_shape=shape, num_classes=num_classes)
+        scale = (self.net.mean, self.net.std) if isinstance(self.net, OwnScale) else (mean, std)
+        for name, values in zip(("mean", "std"), scale, strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.levels, self.figures = levels, {}
         self.optimizer_config, self.scheduler_config = optimizer, scheduler
         self.confusion: Metric = MulticlassConfusionMatrix(num_classes)
         self.loss: Metric = MeanMetric(nan_strategy="disable")
         self.example_input_array = torch.zeros(1, *shape, dtype=torch.uint8)  # for the summary of the model
         self.to(memory_format=torch.channels_last)
+
+    def load_pretrained(self) -> None:
+        """Let the network start from weights that were trained elsewhere, if it does. Raises UserError."""
+        if isinstance(self.net, Pretrained):
+            self.net.load_pretrained()
 
     def scaled(self, x: Tensor) -> Tensor:
         """Images uint8 [B,C,H,W] as the network takes them."""
@@ -94,7 +101,7 @@ class ClassifierModule(Trainable):
         self.loss.update(F.cross_entropy(logits, y), weight=len(y))
 
     def on_validation_epoch_start(self) -> None:
-        share_buffers(self.trainer, self.net)
+        share_buffers(self.trainer, self.get_submodule("net"))
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")

@@ -56,7 +56,8 @@ class Network(Protocol):
     """A causal map: features at a pixel are a function of the class and of strictly earlier pixels in raster order.
 
     Made as `Net(image_size, in_channels, num_classes, out_channels, hidden_channels, n_residual, **own)`, where
-    `image_size` is (H, W), any of at least 1, `in_channels` E and `out_channels` D.
+    `image_size` is (H, W), any of at least 1, `in_channels` E and `out_channels` D. One that sees every earlier pixel,
+    where it is deep enough, may say `no_blind_spot = True`; the laws then hold it to that.
     """
 
     train_is_likelihood: bool  # whether its loss in training mode is a likelihood: batch statistics make it none

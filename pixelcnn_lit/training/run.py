@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from pixelcnn_lit.config.build import check
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.config.quoting import setting
 from pixelcnn_lit.runs.run_dir import relative, run_dir
@@ -30,6 +31,22 @@ class Run:
     directory: Path
     start: Path | None
     settings: dict[str, Any]
+
+
+def train_in_a_run(
+    train: Callable[..., None], ckpt: str | None, skip_completed: bool, settings: dict[str, Any]
+) -> None:
+    """Call `train` with a run and its settings: a new one, or one that is resumed; or do nothing where it is completed.
+
+    Args:
+        ckpt: to resume from: see `find_resume_checkpoint`.
+        skip_completed: leave alone what has left its result, and resume what was interrupted.
+    """
+    if skip_completed and completed():
+        return
+    with open_run(ckpt, settings, or_anew=skip_completed) as run:
+        check("", train, run.settings, known=["run"])
+        train(run, **run.settings)
 
 
 @contextmanager
