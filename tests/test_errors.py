@@ -63,7 +63,7 @@ TYPOS = [
     ("model.n_residual=abc", "model.n_residual=abc: must be a whole number >= 1"),
     ("model.n_residual=2.5", "model.n_residual=2.5: must be a whole number >= 1"),
     ("model.n_residual=", "model.n_residual"),
-    ("model.norm=bach", "model.norm=bach: must be one of layer, batch"),
+    ("likelihood.colour=red", "likelihood.colour=red: must be one of autoregressive, independent"),
     ("conditional=1", "conditional=1: must be true or false"),
     ("+model.depth=3", "model.depth: there is no such setting"),
     ("optimizer.lr=fast", "optimizer.lr=fast: must be a number"),

@@ -21,7 +21,6 @@ from pixelcnn_lit.training.trainer import make_trainer
 DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 RUN = [
     "model_size=tiny",
-    "model=pixelcnn_published",
     "dataset=npz",
     "dataset.path=x.npz",
     "dataset.batch_size=4",
@@ -31,6 +30,7 @@ RUN = [
     "trainer.log_every_n_steps=1",
     "sampler.n_per_class=1",
 ]
+BATCH_NORM = "model=pixelcnn_published"  # whose statistics each process counts for itself
 
 
 def tasks(
@@ -62,11 +62,11 @@ def run(directory: Path, name: str, *overrides: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with an archive of odd numbers of images and, in `one`, a run of one process on it."""
+    """A folder with an archive of odd numbers of images and a run of one process on it, with either norm."""
     directory = tmp_path_factory.mktemp("processes")
     save_npz(directory / "x.npz", (5, 5), 91, 9, classes=3)
-    run(directory, "train", *RUN, "trainer=cpu", "run_dir=one")
-    run(directory, "train", *RUN, "trainer=cpu", "run_dir=layer", "model.norm=layer")
+    run(directory, "train", *RUN, BATCH_NORM, "trainer=cpu", "run_dir=batch_norm")
+    run(directory, "train", *RUN, "trainer=cpu", "run_dir=layer_norm")
     return directory
 
 
@@ -76,7 +76,7 @@ def evaluate(directory: Path, ckpt: str, *trainer: str) -> dict:
     return json.loads((directory / printed.splitlines()[-1]).read_text())
 
 
-@pytest.mark.parametrize("norm", ["one", "layer"])
+@pytest.mark.parametrize("norm", ["batch_norm", "layer_norm"])
 def test_law_8_two_processes_score_like_one(place, norm):
     """5 images in 3 batches for the one, 4 in 2 for the other: nobody waits, nobody counts twice."""
     alone = evaluate(place, f"{norm}/checkpoints/last.ckpt", "trainer=cpu")
@@ -121,7 +121,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 @pytest.mark.long
 def test_two_processes_that_are_stopped_go_on_to_the_same_end(place, children):
     """Only one of them gets the signal. The statistics of BatchNorm are each process's own until they are scored."""
-    settings = [*RUN, *DDP, "trainer.max_epochs=3", "callbacks.last.every_n_steps=10"]
+    settings = [*RUN, BATCH_NORM, *DDP, "trainer.max_epochs=3", "callbacks.last.every_n_steps=10"]
     whole = run(place, "train", *settings, "run_dir=whole")
     assert whole.count("best checkpoint:") == 1
     first, second = tasks(children, place, "train", *settings, "run_dir=cut")
@@ -139,7 +139,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(place, children):
 @pytest.mark.parametrize("asked", [0, 1])
 def test_one_of_two_tasks_gets_sigusr1_in_a_validation_and_the_first_requeues_the_job(place, children, tmp_path, asked):
     """Epochs are of two steps, and nearly all of the time is validation."""
-    settings = [*RUN, *DDP, "dataset.validation_fraction=0.9", "trainer.max_epochs=30", "callbacks=samples"]
+    settings = [*RUN, BATCH_NORM, *DDP, "dataset.validation_fraction=0.9", "trainer.max_epochs=30", "callbacks=samples"]
     settings += ["callbacks.samples.every_n_epochs=0", f"dataset.path={place}/x.npz", "run_dir=run"]
     both = tasks(children, tmp_path, "train", *settings, environment=lambda n: slurm(tmp_path, 2, n))
     both[0].wait_until((tmp_path / "run" / "checkpoints" / "best.ckpt").is_file)
@@ -164,7 +164,7 @@ def test_a_signal_before_training_leaves_no_process_waiting(place, spawn):
 @pytest.mark.long
 def test_a_sweep_of_two_processes_a_job_is_one_tree(place, spawn):
     """Lightning starts the second process of each."""
-    sweep = ["-m", *RUN, *DDP, "model.norm=layer,batch", "trainer.max_epochs=1", "run_dir=sweep"]
+    sweep = ["-m", *RUN, *DDP, "model=pixelcnn,pixelcnn_published", "trainer.max_epochs=1", "run_dir=sweep"]
     assert spawn(place, "train", *sweep).wait(180) == 0
     results = sorted(path.parent.name for path in (place / "sweep").rglob("result.json"))
     assert results == ["0", "1"]
