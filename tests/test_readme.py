@@ -145,6 +145,9 @@ def test_the_public_api_does_what_its_page_says():
         model.nats(x[:2], torch.tensor([3, 11]))
     with pytest.raises(UserError, match="this model was trained on"):
         model.sample(classes=["cat"])
+    model.label_dropout = 0.0  # as of one that never saw an image without its class
+    with pytest.raises(UserError, match=r"y: this model was trained on 0, 1, .*, 9$"):
+        model.complete(x[:1], known, torch.tensor([10]))
     with pytest.raises(UserError, match=r"sampler\.temperature=0: must be a number >= 0\.001"):
         model.sample(temperature=0)
 

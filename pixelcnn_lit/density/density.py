@@ -135,11 +135,15 @@ class Density(nn.Module):
         """
         names = self.class_names
         numbers: list[Any] = [names.index(str(one)) if str(one) in names else one for one in classes]
+        self._require_known(numbers, setting)
+        return numbers
+
+    def _require_known(self, numbers: Sequence[int], setting: str) -> None:
+        """Raise UserError unless the model was trained on these classes."""
         if not numbers or not set(numbers) <= set(self.known_classes):
-            called = {n: name if name == str(n) else f"{name} ({n})" for n, name in enumerate(names)}
+            called = {n: name if name == str(n) else f"{name} ({n})" for n, name in enumerate(self.class_names)}
             known = ", ".join(called.get(n, f"no class ({n})") for n in self.known_classes)
             raise UserError(f"{setting}: this model was trained on {known if self.conditional else 'no classes'}")
-        return numbers
 
     def features(self, x: Tensor, y: Tensor) -> Tensor:
         """Levels [B,C,H,W] and classes int64 [B] -> what the network knows of each pixel, [B,D,H,W]."""
@@ -227,8 +231,9 @@ class Density(nn.Module):
         if known.shape != x.shape[2:] or known.dtype != torch.bool:
             raise UserError(f"known: {known.dtype} {list(known.shape)}; give bool {list(x.shape[2:])}")
         sampler = {"_target_": SAMPLER, "n_per_class": n, "seed": seed, **settings}
-        classes = self.class_numbers(y.tolist(), "y") if self.conditional else y.tolist()
-        return self.draw(sampler, classes, image=x.to(self.device), known=known.to(self.device))
+        if self.conditional:
+            self._require_known(y.tolist(), "y")
+        return self.draw(sampler, y.tolist(), image=x.to(self.device), known=known.to(self.device))
 
     def _require_images(self, x: Tensor, y: Tensor) -> None:
         if tuple(x.shape[1:]) != self.image_shape or x.dtype.is_floating_point:
