@@ -1,7 +1,6 @@
 """The table of a sweep, best first: python -m pixelcnn_lit.summarize DIRECTORY"""
 
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -40,17 +39,19 @@ def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
         return
     found = dict.fromkeys(key for result in done.values() for key in result if key.startswith("val/"))
     own = [key for key in found if key.removeprefix("val/") not in (figure, *LEFT_OUT)]  # figures of somebody's own
-    columns, sign = (f"val/{figure}", f"test/{figure}", *own, *COLUMNS), 1 if figure == "bpd" else -1
+    columns = (f"val/{figure}", f"test/{figure}", *own, *COLUMNS)
+    sign = 1 if figure == "bpd" else -1
     print(*(f"{column:>19}" for column in columns), " job: overrides", sep="")
 
     def order(job: Path) -> tuple[str, float]:
-        return done[job]["label"], sign * done[job].get(columns[0], math.inf)  # without validation all are alike
+        return done[job]["label"], sign * done[job].get(columns[0], 0.0)  # without validation all are alike
 
     label = None
     for job in sorted(done, key=order):
         result = done[job]
         if result["label"] != label:  # figures of different images do not compare
-            print(label := result["label"])
+            label = result["label"]
+            print(label)
         cells = (_cell(result.get(column, "-")) for column in columns)
         print(*(f"{cell:>19}" for cell in cells), f"  {job}: {shlex.join(result['overrides'])}", sep="")
 
@@ -70,7 +71,9 @@ def _typed(job: Path) -> list[str]:
 def _cell(value: int | float | str) -> str:
     if isinstance(value, str):
         return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value < 100 else f"{value:.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if value < 100 else f"{value:.0f}"
 
 
 def _reason(job: Path) -> str:

@@ -1,4 +1,4 @@
-"""Train a density model, score it once on the test set with the weights best on validation, and say where all is."""
+"""Train a density model, score it once on the test set with its best weights, and say where all is."""
 
 from pixelcnn_lit.runs.launch import launch
 

@@ -345,4 +345,4 @@ def test_data_shows_the_images_as_they_are_trained_on(tmp_path, capsys):
     assert not torch.equal(data.augment(nine), nine)
     mean = data.train.x.double().mean()
     assert f"mean {mean:.2f} (in [0, 1]: {mean / 16:.4f})" in capsys.readouterr().out
-    assert "augmented=true: nothing is switched on" in refused("data", "augmented=true", f"run_dir={tmp_path}/none")
+    assert "dataset: no augmentation is switched on" in refused("data", "augmented=true", f"run_dir={tmp_path}/none")

@@ -10,6 +10,7 @@ from tiny import open_data
 
 from pixelcnn_lit.checkpoints.read import read_checkpoint
 from pixelcnn_lit.lit.density_module import DensityModule
+from pixelcnn_lit.training.sample_grid import SampleGrid
 
 STOP = "+callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping"
 
@@ -58,12 +59,24 @@ def test_such_a_run_killed_and_resumed_ends_like_one_never_killed(tmp_path, all_
     with killed(DensityModule, "training_step", 7):
         command("train", *all_of_it, *own, f"run_dir={tmp_path}/cut")
     command("train", f"run_dir={tmp_path}/cut", "ckpt=last")
-    whole, cut = (best(tmp_path / name) for name in ("whole", "cut"))
-    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+    for name in ("best", "last"):
+        whole, cut = (weights(tmp_path / run, name) for run in ("whole", "cut"))
+        assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+    whole, cut = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "cut"))
+    assert (whole["label"], whole["test/nll"]) == (cut["label"], cut["test/nll"])
 
 
-def best(run: Path) -> dict:
-    return read_checkpoint(run / "checkpoints" / "best.ckpt")["state_dict"]
+def weights(run: Path, name: str) -> dict:
+    return read_checkpoint(run / "checkpoints" / f"{name}.ckpt")["state_dict"]
+
+
+def test_sample_grids_come_after_epochs(tmp_path, all_of_it, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(SampleGrid, "draw", lambda self, trainer, density: drawn.append(trainer.current_epoch))
+    epochs = ["trainer.max_epochs=4", "callbacks.samples.every_n_epochs=2", "callbacks=samples"]
+    monkeypatch.setattr("pixelcnn_lit.train.closing_lines", lambda *_: "")
+    command("train", *all_of_it, *SMALL, *epochs, f"run_dir={tmp_path}/run")
+    assert drawn[:-1] == [1, 3]  # and once more, at the end
 
 
 @pytest.mark.parametrize(
@@ -71,6 +84,9 @@ def best(run: Path) -> dict:
     [
         (["scheduler=plateau"], "scheduler: ReduceLROnPlateau follows validations"),
         ([STOP, "+callbacks.stop.monitor=val/nll"], "callbacks.stop.monitor=val/nll: dataset.validation_fraction=0"),
+        (["~callbacks.best"], "callbacks.best: must keep weights"),
+        (["scheduler._target_=null"], "not a LRScheduler"),
+        (["callbacks.learning_rate=null"], "callbacks.learning_rate: must be settings with a _target_"),
     ],
 )
 def test_what_follows_validations_is_refused(tmp_path, all_of_it, own, message):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import density, make, redraw
+from tiny import check_receptive_field, density, make, redraw
 from torch import Tensor, nn
 
 from pixelcnn_lit.config.errors import UserError
@@ -129,7 +129,9 @@ def test_the_first_weights_are_those_of_torchs_own_layers():
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 9])
 def test_other_kernels_step_as_well(kernel_size):
-    model = make(f"pixelcnn_published model.kernel_size={kernel_size}", "categorical", (1, 6, 7), levels=17)
+    published = f"pixelcnn_published model.kernel_size={kernel_size}"
+    check_receptive_field(make(published, "categorical", (1, 7, 7), levels=17))
+    model = make(published, "categorical", (1, 6, 7), levels=17)
     assert model.stepper(torch.tensor([0])).skew == kernel_size // 2 + 1
     stepwise, whole = (model.sample(3, seed=1, method=method) for method in ("cached", "naive"))
     assert torch.equal(stepwise, whole)

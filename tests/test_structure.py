@@ -107,6 +107,7 @@ def test_the_baseline_is_the_published_one():
             assert cfg.scheduler._target_.endswith(".ReduceLROnPlateau")
             assert (cfg.scheduler.factor, cfg.scheduler.patience) == (0.5, 5)
             assert (cfg.trainer.max_epochs, cfg.dataset.batch_size) == (30, 128)
+            assert cfg.trainer.gradient_clip_val is None
             assert (cfg.sampler.temperature, cfg.sampler.n_per_class) == (0.6, 2)
             assert cfg.dataset.resize == (32 if dataset == "mnist" else None)
             assert "ema" not in cfg.callbacks

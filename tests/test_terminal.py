@@ -176,7 +176,7 @@ def test_the_processes_of_one_run_share_its_directory_whatever_its_name(tmp_path
     monkeypatch.chdir(tmp_path)
     seen = []
 
-    def main(dataset: dict, threads: int | None) -> None:
+    def main(dataset: dict, augmented: bool, threads: int | None) -> None:
         seen.append((_hydra_subprocess_cmd(1), run_dir()))
 
     monkeypatch.setattr(pixelcnn_lit.data.__main__, "main", main)

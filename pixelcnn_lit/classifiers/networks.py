@@ -134,7 +134,7 @@ class VGG16Transfer(nn.Module):
         weights: of torchvision, which downloads them where a run starts; null starts from nothing.
         train_convolutions: false trains the head alone.
         mean, std: what images are scaled by, of each channel; by default what these weights were trained with.
-        crop: in training, images are shifted by up to so many pixels of 224 each way; black comes in at the edges.
+        shift: in training, each image moves by up to so many pixels of 224 each way; black comes in at the edges.
     """
 
     SIDE = 224
@@ -147,12 +147,13 @@ class VGG16Transfer(nn.Module):
         train_convolutions: bool = False,
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
-        crop: Annotated[int, Interval(ge=0, le=SIDE)] = 0,
+        shift: Annotated[int, Interval(ge=0, le=SIDE)] = 0,
     ) -> None:
         super().__init__()
         self.mean, self.std = mean, std
-        self.shift = v2.RandomCrop(self.SIDE, padding=crop)
-        self.crop = crop
+        self.shift = shift
+        black = [-m / s for m, s in zip(mean, std, strict=True)]
+        self.crop = v2.RandomCrop(self.SIDE, padding=shift, fill=black)
         self.weights = weights
         self.convolutions = models.vgg16().features.requires_grad_(train_convolutions)
         self.hidden = nn.Sequential(
@@ -184,12 +185,6 @@ class VGG16Transfer(nn.Module):
         """[B,1 or 3,H,W] -> [B,4096]."""
         rgb = x.expand(-1, 3, -1, -1)
         enlarged = images.resize(rgb, [self.SIDE, self.SIDE], antialias=True)
-        if self.training and self.crop:
-            enlarged = self._shifted(enlarged)
+        if self.training and self.shift:
+            enlarged = torch.stack([self.crop(image) for image in enlarged])  # each on its own
         return self.hidden(self.convolutions(enlarged))
-
-    def _shifted(self, x: Tensor) -> Tensor:
-        """Shift each of the scaled images [B,3,224,224] on its own."""
-        black = -x.new_tensor(self.mean) / x.new_tensor(self.std)
-        above_black = x - black[:, None, None]
-        return torch.stack([self.shift(image) for image in above_black]) + black[:, None, None]

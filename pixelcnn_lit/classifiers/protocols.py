@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 
+@runtime_checkable
 class Classifier(Protocol):
     """A module made of `image_shape`, `num_classes` and its own settings."""
 

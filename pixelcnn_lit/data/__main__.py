@@ -28,8 +28,8 @@ def main(dataset: dict[str, Any], augmented: bool, threads: Threads) -> None:
     nine = first_of_each_class(data.drawn_from if augmented else data.train, len(data.class_names), 9)
     if augmented:
         nine = data.augment(nine.flatten(0, 1)).view_as(nine)
-    every = {"train": data.train, "validation": data.validation, "test": data.test}
-    splits = {name: split for name, split in every.items() if len(split)}
+    all_splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    splits = {name: split for name, split in all_splits.items() if len(split)}
     print(f"{data.label} ({uniform_bpd(data.levels):.4f} bpd for a uniform model)")
     for name, split in splits.items():
         print(f"{name:>10}: {len(split)} images, per channel: {statistics(split, data.levels)}")

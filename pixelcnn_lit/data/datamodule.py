@@ -8,7 +8,6 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import lightning as L
-import torch
 from annotated_types import Ge, Interval
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
@@ -17,7 +16,7 @@ from pixelcnn_lit.checkpoints.read import read_checkpoint, require_same
 from pixelcnn_lit.config.build import check, resolve
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Images, Split, carve_validation, fingerprint, verify
-from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, loader
+from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, augmented, loader
 from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, requantize_levels, resize
 from pixelcnn_lit.runs.run_dir import expanded, plain_name
 
@@ -34,7 +33,7 @@ class ImageData(L.LightningDataModule):
         batch_size: over all processes together.
         validation_fraction: of the training images, where the source has no validation split; 0 leaves none.
         levels: requantize to so many levels; 2 binarizes, by threshold ("static") or by chance ("dynamic").
-        resize, pad, horizontal_flip, random_crop: each changes the label.
+        resize, pad, horizontal_flip, random_crop: each changes the label, as fewer levels and no validation do.
     """
 
     def __init__(
@@ -162,9 +161,8 @@ class ImageData(L.LightningDataModule):
     def augment(self, x: Tensor) -> Tensor:
         """Return images of `drawn_from` as a training batch may have them. Raises UserError where that changes none."""
         if not self._augmentations:
-            raise UserError("augmented=true: nothing is switched on; type dataset.random_crop=4, for example")
-        batch, _ = Gather(Split(x, torch.zeros(len(x))), self._augmentations).__getitems__((0, torch.arange(len(x))))
-        return batch
+            raise UserError("dataset: no augmentation is switched on; type dataset.random_crop=4, for example")
+        return augmented(x, self._augmentations, seed=0)
 
     def train_dataloader(self) -> LazyLoader:
         batches = self._batches(self.train, shuffle=True)

@@ -63,6 +63,14 @@ class Batches(Sampler):
             yield int(seed) + self.rank, shared[self.rank :: self.world]
 
 
+def augmented(x: Tensor, augmentations: Sequence[Augmentation], seed: int) -> Tensor:
+    """Apply the augmentations to images [B,C,H,W], in their order."""
+    generator = torch.Generator().manual_seed(seed)
+    for augmentation in augmentations:
+        x = augmentation(x, generator)
+    return x
+
+
 class Gather(Dataset):
     """A split as whole batches: two index operations a batch, then the augmentations, if any."""
 
@@ -72,10 +80,7 @@ class Gather(Dataset):
     def __getitems__(self, batch: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         seed, positions = batch
         chosen = self.split[positions]
-        x, generator = chosen.x, torch.Generator().manual_seed(seed)
-        for augmentation in self.augmentations:
-            x = augmentation(x, generator)
-        return x, chosen.y
+        return augmented(chosen.x, self.augmentations, seed), chosen.y
 
 
 class LazyLoader(DataLoader):

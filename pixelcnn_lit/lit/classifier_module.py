@@ -1,5 +1,6 @@
 """The LightningModule for every classifier, and loading it from a checkpoint."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pixelcnn_lit.checkpoints.load import load_module
 from pixelcnn_lit.checkpoints.read import require_same
 from pixelcnn_lit.classifiers.protocols import Classifier, OwnScale, Pretrained
 from pixelcnn_lit.config.build import build
+from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.lit.metrics import accuracy, share_buffers
 from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.optim.schedulers import optimization
@@ -44,8 +46,8 @@ class ClassifierModule(Trainable):
         self,
         *,
         classifier: dict[str, Any],
-        mean: list[float],
-        std: list[float],
+        mean: Sequence[float],
+        std: Sequence[float],
         image_shape: list[int],
         num_classes: int,
         levels: int,
@@ -59,9 +61,14 @@ class ClassifierModule(Trainable):
         self.save_hyperparameters()
         shape = tuple(image_shape)
         self.net = build("classifier", classifier, nn.Module, image_shape=shape, num_classes=num_classes)
-        scale = (self.net.mean, self.net.std) if isinstance(self.net, OwnScale) else (mean, std)
-        for name, values in zip(("mean", "std"), scale, strict=True):
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        if not isinstance(self.net, Classifier):
+            raise UserError(
+                f"classifier: {classifier['_target_']} needs body and head, as Classifier in "
+                "pixelcnn_lit/classifiers/protocols.py says"
+            )
+        mean, std = (self.net.mean, self.net.std) if isinstance(self.net, OwnScale) else (mean, std)
+        self.register_buffer("mean", _per_channel(mean), persistent=False)
+        self.register_buffer("std", _per_channel(std), persistent=False)
         self.levels, self.figures = levels, {}
         self.optimizer_config, self.scheduler_config = optimizer, scheduler
         self.confusion: Metric = MulticlassConfusionMatrix(num_classes)
@@ -101,7 +108,7 @@ class ClassifierModule(Trainable):
         self.loss.update(F.cross_entropy(logits, y), weight=len(y))
 
     def on_validation_epoch_start(self) -> None:
-        share_buffers(self.trainer, self.get_submodule("net"))
+        share_buffers(self.trainer, self)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -132,6 +139,10 @@ class ClassifierModule(Trainable):
 
     def configure_optimizers(self) -> Any:
         return optimization(self, self.optimizer_config, self.scheduler_config, monitor="val/loss")
+
+
+def _per_channel(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None, None]
 
 
 def load_classifier(path: str, facts: dict[str, Any] | None = None) -> ClassifierModule:

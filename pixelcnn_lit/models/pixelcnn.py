@@ -29,6 +29,7 @@ class PixelCNN(nn.Module):
         dropout: rate inside each block.
 
     Example:
+        >>> import torch
         >>> net = PixelCNN((5, 4), in_channels=2, num_classes=10, out_channels=7, hidden_channels=8, n_residual=1)
         >>> net(torch.randn(3, 2, 5, 4), torch.tensor([0, 9, 10])).shape
         torch.Size([3, 7, 5, 4])

@@ -1,10 +1,11 @@
-"""The baseline: PixelCNN as published code has it, with its BatchNorm.
+"""The baseline: a PixelCNN as it is found in published notebooks, with BatchNorm.
 
 Paper: van den Oord, Kalchbrenner, Kavukcuoglu 2016, Pixel Recurrent Neural Networks (arXiv 1601.06759), section 3.5.
-What differs: a BatchNorm behind each convolution but the last; blocks of two full-width 3×3 convolutions; the class
-    enters as a bias behind the first ReLU; levels are read as numbers in [0, 1] (`ScaledLevels`), and channels do not
-    see each other (`likelihood=categorical_independent`). The weights begin as torch's own layers do.
-Receptive field: as `pixelcnn`.
+What differs: a BatchNorm behind each convolution but the last; blocks of two full-width 3×3 convolutions, and two more
+    before the output; the class enters as a bias behind the first ReLU; levels are read as numbers in [0, 1]
+    (`ScaledLevels`), and channels do not see each other (`likelihood=categorical_independent`). The weights begin as
+    torch's own layers do. tests/test_published.py has it once more, in plain torch.
+Receptive field: a triangle, as of `pixelcnn`, with a top as wide as the first kernel.
 Training-mode loss: no likelihood, since the statistics of a BatchNorm come from whole images, later pixels included.
 """
 

@@ -87,13 +87,13 @@ class TapsCache:
         return x.add_(self.buffers(at)[0]).addmm_(self.taps(at), self.matrix)
 
 
-Cache = TypeVar("Cache", bound=TapsCache, covariant=True)
+SomeCache = TypeVar("SomeCache", bound=TapsCache, covariant=True)
 
 
-class State(Protocol[Cache]):
+class State(Protocol[SomeCache]):
     """All caches of a network: `RasterState` or `WavefrontState`."""
 
-    def cache(self, convolution: Convolution) -> Cache:
+    def cache(self, convolution: Convolution) -> SomeCache:
         """Make the cache of a convolution."""
         ...
 

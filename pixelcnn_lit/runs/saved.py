@@ -112,7 +112,7 @@ def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
     path = directory / CONFIG
     try:
         saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        before = _composed(saved["overrides"])
+        before = _composed(saved["overrides"]) if changes else {}
         assert isinstance(saved["callbacks"], dict)
     except Exception as error:  # yaml and an untrusted contents have many
         raise UserError(

@@ -190,12 +190,12 @@ class HParams(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(trainer.logger, TensorBoardLogger):
-            texts_or_numbers = {
+            shown = {
                 key: value if isinstance(value, int | float | bool | str) else str(value)
                 for key, value in flat(self.settings).items()
                 if value != {}
             }
-            trainer.logger.log_hyperparams(texts_or_numbers, trained(pl_module).best_figure(float("nan")))
+            trainer.logger.log_hyperparams(shown, trained(pl_module).best_figure(float("nan")))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = trainer.checkpoint_callback

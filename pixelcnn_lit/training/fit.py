@@ -47,7 +47,7 @@ from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_
 class Fitted(NamedTuple):
     """The outcome of training.
 
-    scored: the validation figures of the best checkpoint. extras: the callbacks of the config.
+    scored: the validation figures of the best checkpoint, if there are any. extras: the callbacks of the config.
     """
 
     trainer: L.Trainer
@@ -57,7 +57,7 @@ class Fitted(NamedTuple):
     extras: list[Callback]
 
     def result(self, best: Trainable, label: str) -> dict[str, Any]:
-        """Return what result.json holds of any run: figures are of the weights best on validation."""
+        """Return what result.json holds of any run: figures are of the best checkpoint."""
         return {
             "label": label,
             **self.scored,
@@ -79,13 +79,15 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     """
     require_loadable(*module.stored())
     torch.compiler.reset()  # the jobs of a sweep share a process: from the ninth on, none would be compiled
-    throughput, loss, saved_with = Throughput(), TrainingLoss(), hparams | extra_config
+    saved_with = hparams | extra_config
     if not len(data.validation):
         saved_with["callbacks"] = keep_the_last(saved_with["callbacks"], saved_with["scheduler"])
         saved_with["trainer"] = saved_with["trainer"] | {"limit_val_batches": 0}
     extras = [build_callback(name, own) for name, own in saved_with["callbacks"].items()]
     saved = load_resume_state(str(run.start), module, data, extras) if run.start else {}
     begun = SaveConfig(run.directory, saved_with)
+    throughput = Throughput()
+    loss = TrainingLoss()
     always = [
         SeedEveryStep(hparams["seed"]),
         StopOnNaN(),
@@ -106,7 +108,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.directory,
     )
-    require_validation(trainer, data, *module.MONITOR)
+    require_scores(trainer, data, *module.MONITOR)
     work = step_work(module, data.facts["image_shape"], data.batch_size)
     saved_with["threads"] = settle_threads(trainer, saved_with["threads"], work)
     if trainer.precision == "64-true":
@@ -120,7 +122,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     kept = trainer.checkpoint_callback
     if not isinstance(kept, ModelCheckpoint) or not Path(kept.best_model_path).is_file():
         raise UserError(
-            "nothing was trained and validated in this run: type a larger trainer.max_epochs, max_steps, max_time or "
+            "nothing was trained and kept in this run: type a larger trainer.max_epochs, max_steps, max_time or "
             "limit_train_batches"
         )
     best = kept.best_model_path
@@ -181,26 +183,33 @@ def keep_the_last(callbacks: dict[str, Any], scheduler: dict[str, Any] | None) -
     Raises UserError where another setting wants the figures of a validation.
     """
     without = "dataset.validation_fraction=0 leaves nothing to validate on"
-    if scheduler and resolve(scheduler["_target_"], LRScheduler) is ReduceLROnPlateau:
+    if scheduler and resolve(scheduler.get("_target_"), LRScheduler) is ReduceLROnPlateau:
         raise UserError(f"scheduler: ReduceLROnPlateau follows validations, and {without}; type another")
+    kept = {}
     for name, config in callbacks.items():
-        if name != "best" and str(config.get("monitor")).startswith("val/"):
-            raise UserError(f"callbacks.{name}.monitor={config['monitor']}: {without}; type ~callbacks.{name}")
-    return callbacks | {"best": callbacks["best"] | {"monitor": None, "save_on_train_epoch_end": True}}
+        match name, config:
+            case "best", {"_target_": _}:
+                config = config | {"monitor": None, "save_on_train_epoch_end": True}
+            case _, {"monitor": str(monitor)} if monitor.startswith("val/"):
+                raise UserError(f"callbacks.{name}.monitor={monitor}: {without}; type ~callbacks.{name}")
+        kept[name] = config
+    return kept
 
 
-def require_validation(trainer: L.Trainer, data: ImageData, monitor: str, mode: str) -> None:
+def require_scores(trainer: L.Trainer, data: ImageData, monitor: str, mode: str) -> None:
     """Refuse, before any training, settings under which nothing would be kept as best, or tested."""
-    every, epochs, kept = trainer.check_val_every_n_epoch, trainer.max_epochs, trainer.checkpoint_callback
+    kept = trainer.checkpoint_callback
     wanted = monitor if len(data.validation) else None
     if not isinstance(kept, ModelCheckpoint) or (kept.monitor, kept.mode) != (wanted, mode):
-        raise UserError(f"callbacks.best: must keep the weights best on {monitor} (mode {mode}); type that")
+        best = f"the weights best on {monitor} (mode {mode})" if wanted else "weights, as a ModelCheckpoint"
+        raise UserError(f"callbacks.best: must keep {best}; type that")
     if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
         raise UserError("trainer.fast_dev_run: keeps no checkpoint; type trainer.max_steps=1")
     require_batches(trainer, "test", len(data.test), data.batch_size)
     if not wanted:
         return
     require_batches(trainer, "val", len(data.validation), data.batch_size)
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
     if every and epochs is not None and 0 <= epochs < every:
         raise UserError(f"trainer.max_epochs={epochs}: type at least trainer.check_val_every_n_epoch={every}")
 

@@ -31,8 +31,8 @@ class SampleGrid(Callback):
     """Draw class-conditional samples after validation, a row a class, as PNG and to TensorBoard, real images beside.
 
     The noise is the sampler's own, so the random stream of training is not touched; the weights are those that were
-    validated (averaged ones, where this callback stands before EMA). `train` calls `draw` once more at
-    the end, with the best weights.
+    validated (averaged ones, where this callback stands before EMA), and those of training where nothing is validated.
+    `train` calls `draw` once more at the end, with the best weights.
 
     Args:
         sampler: config of the sampler, with n_per_class.
@@ -54,6 +54,13 @@ class SampleGrid(Callback):
         self._show(trainer, "real", grid(real, density.levels))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._draw_if_due(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not sum(trainer.num_val_batches):
+            self._draw_if_due(trainer, pl_module)
+
+    def _draw_if_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         due = due and not isinstance(trainer.strategy, FSDPStrategy)  # whose weights lie in pieces until the end
         if due and trainer.is_global_zero and not trainer.sanity_checking:

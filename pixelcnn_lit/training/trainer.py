@@ -127,6 +127,6 @@ class TimedProgressBar(TQDMProgressBar):
         return bar
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict]:
-        left = [round(seconds) for _, seconds in clocks(trainer)]
+        left = [max(0, round(seconds)) for _, seconds in clocks(trainer)]  # the last step ends after its time
         clock = {"left": str(timedelta(seconds=min(left)))} if left else {}
         return clock | super().get_metrics(trainer, pl_module)
