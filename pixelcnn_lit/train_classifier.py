@@ -49,6 +49,7 @@ def train(
         raise UserError(f"dataset: {data.label} has one class, and a classifier tells two or more apart; type another")
     L.seed_everything(seed, workers=True, verbose=False)
     mean, std = ([value / (data.levels - 1) for value in values] for values in channel_statistics(data.train))
+    std = [value or 1.0 for value in std]  # a channel that is the same everywhere becomes zeros
     facts = {**data.facts, "label": data.label, "dataset": dataset, "mean": mean, "std": std}
     check("", ClassifierModule, settings, known=facts)
     classifier = ClassifierModule(**facts, **settings)

@@ -28,10 +28,12 @@ SMALL = ["model_size=tiny", "sampler.n_per_class=1"]
 @pytest.mark.parametrize(
     ("name", "own", "steps"),
     [
-        ("train", [*SMALL, "trainer.max_epochs=2"], 10),
         ("train", [*SMALL, "trainer.max_steps=7", "callbacks=samples"], 7),
-        ("train", [*SMALL, "trainer.max_epochs=1", "trainer.val_check_interval=2"], 5),
+        pytest.param(
+            "train", [*SMALL, "trainer.max_epochs=1", "trainer.val_check_interval=2"], 5, marks=pytest.mark.long
+        ),
         ("train", [*SMALL, "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2"], 15),
+        ("train", [*SMALL, "trainer.max_epochs=2", "+callbacks.best.every_n_train_steps=3"], 10),
         ("train_classifier", ["classifier.width=4", "trainer.max_epochs=2"], 10),
     ],
 )
@@ -53,6 +55,7 @@ def test_all_images_are_trained_on(all_of_it):
     assert sum(len(y) for _, y in data.train_dataloader()) == 40
 
 
+@pytest.mark.long
 def test_such_a_run_killed_and_resumed_ends_like_one_never_killed(tmp_path, all_of_it):
     own = [*SMALL, "trainer.max_epochs=2", "callbacks.last.every_n_steps=1"]
     command("train", *all_of_it, *own, f"run_dir={tmp_path}/whole")
@@ -79,12 +82,27 @@ def test_sample_grids_come_after_epochs(tmp_path, all_of_it, monkeypatch):
     assert drawn[:-1] == [1, 3]  # and once more, at the end
 
 
+def test_training_figures_stop_a_run_after_its_epochs(tmp_path, all_of_it):
+    stop = [STOP, "+callbacks.stop.monitor=train/nll", "+callbacks.stop.min_delta=100", "+callbacks.stop.patience=1"]
+    longer = ["trainer.max_epochs=6", "trainer.check_val_every_n_epoch=2"]
+    command("train", *all_of_it, *SMALL, *stop, *longer, f"run_dir={tmp_path}/run")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 2
+
+
+def test_a_run_that_is_cut_short_is_scored_by_its_last_weights(tmp_path, all_of_it):
+    with killed(DensityModule, "training_step", 8):
+        own = [*SMALL, "trainer.max_epochs=9", "callbacks.last.every_n_steps=1"]
+        command("train", *all_of_it, *own, f"run_dir={tmp_path}/run")
+    command("train", f"run_dir={tmp_path}/run", "ckpt=last", "trainer.max_steps=6")
+    kept = read_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    assert kept["global_step"] == json.loads((tmp_path / "run" / "result.json").read_text())["steps"] > 6
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [
         (["scheduler=plateau"], "scheduler: ReduceLROnPlateau follows validations"),
         ([STOP, "+callbacks.stop.monitor=val/nll"], "callbacks.stop.monitor=val/nll: dataset.validation_fraction=0"),
-        (["~callbacks.best"], "callbacks.best: must keep weights"),
         (["scheduler._target_=null"], "not a LRScheduler"),
         (["callbacks.learning_rate=null"], "callbacks.learning_rate: must be settings with a _target_"),
     ],

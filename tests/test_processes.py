@@ -86,6 +86,18 @@ def test_law_8_two_processes_score_like_one(place, norm):
     assert both["bpd_per_class"] == pytest.approx(alone["bpd_per_class"], abs=1e-9, rel=0)
 
 
+@pytest.mark.parametrize(
+    "without",
+    ["trainer.check_val_every_n_epoch=2", pytest.param("dataset.validation_fraction=0", marks=pytest.mark.long)],
+)
+def test_no_process_waits_after_an_epoch_without_validation(place, without):
+    """As where the first alone asks for a figure that is a mean over all: here there is no terminal, but lines."""
+    directory = f"run_dir=unvalidated/{without.partition('=')[0]}"
+    printed = run(place, "train", *RUN, *DDP, without, directory)
+    assert printed.count("best checkpoint:") == 1
+    assert "epoch 1/2, step" in printed
+
+
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true"])
 def test_no_process_waits_in_a_validation_for_one_without_a_batch(strategy):
     """As a broadcast of buffers before each batch would."""

@@ -150,10 +150,21 @@ def test_the_public_api_does_what_its_page_says():
     for wrong in (x.float(), x[:, :, 1:], x[:1].repeat(2, 3, 1, 1)):
         with pytest.raises(UserError, match="x: "):
             model.nats(wrong, y[: len(wrong)])
-    with pytest.raises(UserError, match="y: classes 3 to 11"):
+    with pytest.raises(UserError, match="y: this model was trained on"):
         model.nats(x[:2], torch.tensor([3, 11]))
     with pytest.raises(UserError, match="this model was trained on"):
         model.sample(classes=["cat"])
+    for wrong in (x.numpy(), x.tolist(), x.bool()):
+        with pytest.raises(UserError, match=r"x: .*give a torch\.Tensor of integers"):
+            model.nats(wrong, y)
+    for classes in ([True], [1.0], [[1]], 1, "1", torch.tensor([11])):
+        with pytest.raises(UserError, match="classes: "):
+            model.sample(classes=classes)
+    assert torch.equal(model.sample(classes=torch.tensor([3]), seed=1), model.sample(classes=["3"], seed=1))
+    with pytest.raises(UserError, match="n_per_class: is set by another argument"):
+        model.complete(x, known, y, n=1, n_per_class=2)
+    with pytest.raises(UserError, match=r"known: a ndarray; give a torch.Tensor, bool \[28, 28\]"):
+        model.complete(x, known.numpy(), y)
     model.label_dropout = 0.0  # as of one that never saw an image without its class
     with pytest.raises(UserError, match=r"y: this model was trained on 0, 1, .*, 9$"):
         model.complete(x[:1], known, torch.tensor([10]))

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as images
 from pixelcnn_lit.config.errors import UserError, first_line
 
 Shape = tuple[int, int, int]
+Positive = Annotated[float, Ge(1e-6)]
 
 
 class CNN(nn.Module):
@@ -146,7 +147,7 @@ class VGG16Transfer(nn.Module):
         weights: str | None = "IMAGENET1K_V1",
         train_convolutions: bool = False,
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
-        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225),
         shift: Annotated[int, Interval(ge=0, le=SIDE)] = 0,
     ) -> None:
         super().__init__()

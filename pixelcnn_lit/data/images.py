@@ -103,5 +103,7 @@ def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, S
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     n_validation = round(fraction * len(train))
     if not 0 < n_validation < len(train):
-        raise UserError(f"dataset.validation_fraction={fraction}: leaves an empty split of {len(train)} images")
+        raise UserError(
+            f"dataset.validation_fraction={fraction}: leaves an empty split of {len(train)} images; type another, or 0"
+        )
     return train[order[n_validation:]], train[order[:n_validation]]

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -133,14 +134,18 @@ class Density(nn.Module):
 
         Raises UserError, which names the `setting`, unless the model was trained on them.
         """
+        if isinstance(classes, str | int):
+            raise UserError(f"{setting}: {classes!r}; give a list of classes")
+        given = classes.tolist() if isinstance(classes, Tensor) else classes
         names = self.class_names
-        numbers: list[Any] = [names.index(str(one)) if str(one) in names else one for one in classes]
+        numbers: list[Any] = [names.index(str(one)) if str(one) in names else one for one in given]
         self._require_known(numbers, setting)
         return numbers
 
-    def _require_known(self, numbers: Sequence[int], setting: str) -> None:
+    def _require_known(self, numbers: Sequence[object], setting: str) -> None:
         """Raise UserError unless the model was trained on these classes."""
-        if not numbers or not set(numbers) <= set(self.known_classes):
+        whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
+        if not numbers or not whole or not set(numbers) <= set(self.known_classes):
             called = {n: name if name == str(n) else f"{name} ({n})" for n, name in enumerate(self.class_names)}
             known = ", ".join(called.get(n, f"no class ({n})") for n in self.known_classes)
             raise UserError(f"{setting}: this model was trained on {known if self.conditional else 'no classes'}")
@@ -218,7 +223,7 @@ class Density(nn.Module):
             settings: of `pixelcnn_lit.samplers.draw.draw`, as `temperature` and `guidance_scale`.
         """
         numbers = None if classes is None else self.class_numbers(classes)
-        return self.draw({"_target_": SAMPLER, "n_per_class": n_per_class, "seed": seed, **settings}, numbers)
+        return self.draw(_sampler(settings, n_per_class=n_per_class, seed=seed), numbers)
 
     def complete(self, x: Tensor, known: Tensor, y: Tensor, n: int = 1, seed: int = 0, **settings: Any) -> Tensor:
         """Return images that keep the `known` pixels of x to the bit, the others drawn: uint8 [B,n,C,H,W].
@@ -228,24 +233,40 @@ class Density(nn.Module):
             settings: of `pixelcnn_lit.samplers.draw.draw`.
         """
         self._require_images(x, y)
-        if known.shape != x.shape[2:] or known.dtype != torch.bool:
-            raise UserError(f"known: {known.dtype} {list(known.shape)}; give bool {list(x.shape[2:])}")
-        sampler = {"_target_": SAMPLER, "n_per_class": n, "seed": seed, **settings}
-        if self.conditional:
-            self._require_known(y.tolist(), "y")
+        if not len(x):
+            raise UserError("x: no images; give some")
+        if not isinstance(known, Tensor) or known.shape != x.shape[2:] or known.dtype != torch.bool:
+            raise UserError(f"known: {_described(known)}; give a torch.Tensor, bool {list(x.shape[2:])}")
+        sampler = _sampler(settings, n_per_class=n, seed=seed)
         return self.draw(sampler, y.tolist(), image=x.to(self.device), known=known.to(self.device))
 
     def _require_images(self, x: Tensor, y: Tensor) -> None:
-        if tuple(x.shape[1:]) != self.image_shape or x.dtype.is_floating_point:
-            raise UserError(f"x: {x.dtype} {list(x.shape)}; give integers [B,{','.join(map(str, self.image_shape))}]")
-        if y.shape != x.shape[:1] or y.dtype.is_floating_point:
-            raise UserError(f"y: {y.dtype} {list(y.shape)}; give the class of each image, int64 [{len(x)}]")
+        if not _holds_integers(x) or tuple(x.shape[1:]) != self.image_shape:
+            wanted = f"[B,{','.join(map(str, self.image_shape))}]"
+            raise UserError(f"x: {_described(x)}; give a torch.Tensor of integers, {wanted}")
+        if not _holds_integers(y) or y.shape != x.shape[:1]:
+            raise UserError(f"y: {_described(y)}; give the class of each image, a torch.Tensor, int64 [{len(x)}]")
         if len(x) and (int(x.min()) < 0 or int(x.max()) >= self.levels):
             raise UserError(
                 f"x: values {int(x.min())} to {int(x.max())}; this model is of levels 0 to {self.levels - 1}"
             )
-        if len(y) and (int(y.min()) < 0 or int(y.max()) > self.num_classes):
-            raise UserError(f"y: classes {int(y.min())} to {int(y.max())}; this model's are 0 to {self.num_classes}")
+        if len(y) and self.conditional:
+            self._require_known(y.tolist(), "y")
+
+
+def _holds_integers(x: object) -> bool:
+    return isinstance(x, Tensor) and not x.dtype.is_floating_point and x.dtype != torch.bool
+
+
+def _described(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def _sampler(settings: dict[str, Any], **own: int) -> dict[str, Any]:
+    """Return the config of a sampler. Raises UserError where it is given a setting twice."""
+    for key in settings.keys() & {"_target_", *own}:
+        raise UserError(f"{key}: is set by another argument; leave it out")
+    return {"_target_": SAMPLER, **own, **settings}
 
 
 class DensityStepper:

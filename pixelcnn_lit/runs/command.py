@@ -31,6 +31,8 @@ _PACKAGE = Path(__file__).parents[1]
 # In a wheel conf/ lies inside the package; in a checkout beside it.
 CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
 TRAINING = ("train", "train_classifier")  # commands whose `ckpt` is one to resume from
+# Where it is 1, Hydra raises what it would print, and a process that Lightning starts takes it for debug=true.
+FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def run(name: str) -> None:
@@ -41,14 +43,13 @@ def run(name: str) -> None:
     directory. `debug=true` or HYDRA_FULL_ERROR=1 shows the traceback.
     """
     start_clock()
-    sys.argv[1:] = map(_with_home_in_quotes, sys.argv[1:])
-    debug = "debug=true" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
-    job: Any = functools.partial(_job, name, debug)
-    job.__module__ = f"pixelcnn_lit.{name}"  # by which Hydra names it
+    sys.argv[1:] = [_home_in_quotes(word) for word in sys.argv[1:]]
+    debug = "debug=true" in sys.argv or os.environ.get(FULL_ERROR) == "1"
+    job: Any = functools.partial(_job, name, debug)  # which the launcher of a sweep can send to another process
+    job.__module__ = f"pixelcnn_lit.{name}"  # from which Hydra takes the name of the job
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)
     try:
-        # HYDRA_FULL_ERROR makes Hydra raise, not print and exit.
-        with patch.dict(os.environ, HYDRA_FULL_ERROR="1"):
+        with patch.dict(os.environ, {FULL_ERROR: "1"}):
             main()
     except Exception as error:
         line = explain(error, functools.partial(_settings, name))
@@ -57,55 +58,70 @@ def run(name: str) -> None:
         sys.exit(f"error: {line}")
 
 
-def _with_home_in_quotes(word: str) -> str:
-    """key=~/DIRECTORY, which bash alone expands, and which Hydra's grammar has no word for, so that it is read."""
+def _home_in_quotes(word: str) -> str:
+    """Put quotes around the value of key=~/DIRECTORY: Hydra's grammar knows no ~, and bash alone expands it."""
     key, _, value = word.partition("=")
-    return f'{key}="{value}"' if value.startswith("~") and not set(value) & set(',"\\') else word
+    needs_more = any(character in value for character in ',"\\')  # a list, or quotes of its own
+    return f'{key}="{value}"' if value.startswith("~") and not needs_more else word
 
 
 def _settings(name: str) -> Mapping[str, Any]:
-    """All settings of a command, under the choices that were typed where these make sense."""
-    first = [word.partition(",")[0] for word in sys.argv[1:]]  # of a sweep
-    choices = [word for word in first if (CONF / word.partition("=")[0].partition("@")[0]).is_dir()]
-    for asked in (choices, []):
-        with contextlib.suppress(HydraException), hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return OmegaConf.to_container(hydra.compose(name, asked))  # pyright: ignore[reportReturnType]
-    return {}
+    """Return all settings of a command, under the choices that were typed, or its own where these do not compose."""
+    first = [word.partition(",")[0] for word in sys.argv[1:]]  # of each list of a sweep
+    choices = [word for word in first if _is_group(word.partition("=")[0].partition("@")[0])]
+    return _composed(name, choices) or _composed(name, []) or {}
+
+
+def _is_group(key: str) -> bool:
+    return bool(key) and (CONF / key).is_dir()
+
+
+def _composed(name: str, choices: list[str]) -> Any:
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return OmegaConf.to_container(hydra.compose(name, choices))
+    except HydraException:
+        return None
 
 
 def _job(name: str, debug: bool, cfg: DictConfig) -> None:
+    """Check a composed config, and hand it to the command's main."""
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     print_what_can_be_printed()  # here, too: the workers of a sweep begin here
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    if sweep:
         start_clock()
     _keep_paths_as_they_are()
     (run_dir() / "error.txt").unlink(missing_ok=True)
     try:
         _record(cfg)
-        with open_dict(cfg):
-            del cfg["run_dir"]  # whose directory is made by now, and would be made again
-        if name not in TRAINING:  # whose checkpoint was looked for as the config was composed
-            _look_for_checkpoints(cfg)
-        settings: dict[str, Any] = OmegaConf.to_container(  # pyright: ignore[reportAssignmentType]
-            cfg, resolve=True, throw_on_missing=True
-        )
-        settings = {key: expanded(value) for key, value in settings.items()}
+        settings = _plain_settings(name, cfg)
         debug = settings.pop("debug", False) or debug
         with _importing():
             check_parts(settings)
             main = _imported(name).main
         check("", main, settings)
         keep_freed_memory()
-        with _alone(), raise_on_signals():
-            if not debug:
-                os.environ.pop("HYDRA_FULL_ERROR", None)  # the processes that Lightning starts read it, too
+        with _alone(sweep, debug), raise_on_signals():
             main(**settings)
     except Exception as error:
         line = explain(error)
         with contextlib.suppress(OSError):
             atomic_write_text(run_dir() / "error.txt", line or repr(error))
-        if debug or line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # a fault of the program shows its traceback; a sweep goes on with its next job
+        if sweep:
+            raise  # Hydra goes on with the next job, which it would not after sys.exit
+        if debug or line is None:
+            raise  # a fault of the program shows its traceback
         sys.exit(f"error: {line}")
+
+
+def _plain_settings(name: str, cfg: DictConfig) -> dict[str, Any]:
+    """Return the settings as plain values. Raises UserError where a checkpoint that they name is not there."""
+    with open_dict(cfg):
+        del cfg["run_dir"]  # which is made by now: resolved once more, it would be another one
+    if name not in TRAINING:  # where the run of a checkpoint was looked for to compose run_dir
+        _look_for_checkpoints(cfg)
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return {key: expanded(value) for key, value in resolved.items()}
 
 
 def _look_for_checkpoints(cfg: DictConfig) -> None:
@@ -151,22 +167,38 @@ def _imported(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _alone(sweep: bool, debug: bool) -> Iterator[None]:
     """Let a job of a sweep look like a run of its own, and put the environment back after any job.
 
     Lightning's DDP starts its processes with this one's command line: each would run the whole sweep again. And it
     leaves its marks in the environment and its process group open, for the next job to stumble over.
     """
-    config: Any = HydraConfig.get()
-    with read_write(config):  # Lightning sets double quotes around it, and hands it to those processes
-        config.run.dir = uninterpolated(quoted(uninterpolated(str(run_dir())))[1:-1])
-    sweep = config.mode == RunMode.MULTIRUN
+    _tell_processes_the_directory()
     argv = [sys.argv[0], *typed()] if sweep else sys.argv
     with patch.object(sys, "argv", argv), patch.dict(os.environ):
+        if not debug:
+            os.environ.pop(FULL_ERROR, None)
         try:
             yield
         finally:
-            import torch.distributed
+            if sweep:
+                _close_process_group()
 
-            if sweep and torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+
+def _tell_processes_the_directory() -> None:
+    """Let the processes that Lightning starts have this one's directory, whatever its name.
+
+    Lightning reads hydra.run.dir, resolved, puts double quotes around it, and writes it on their command lines.
+    """
+    config: Any = HydraConfig.get()
+    as_composed = uninterpolated(str(run_dir()))  # by those processes
+    as_typed = quoted(as_composed)[1:-1]
+    with read_write(config):
+        config.run.dir = uninterpolated(as_typed)
+
+
+def _close_process_group() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -176,10 +176,11 @@ class EpochLine(Callback):
         self.loss = loss
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        figures = trainer.callback_metrics  # in every process: where it is a mean over them, all wait for all
         if trainer.is_global_zero:
             last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
             where = f"epoch {trainer.current_epoch + 1}{last}, step {trainer.global_step}"
-            print(f"{where}: {trained(pl_module).epoch_line(self.loss.mean(), trainer.callback_metrics)}", flush=True)
+            print(f"{where}: {trained(pl_module).epoch_line(self.loss.mean(), figures)}", flush=True)
 
 
 class HParams(Callback):

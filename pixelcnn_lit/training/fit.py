@@ -26,9 +26,9 @@ from pixelcnn_lit.config.build import build, resolve
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.data.datamodule import ImageData
 from pixelcnn_lit.lit.trainable import Trainable
-from pixelcnn_lit.runs.atomic import atomic_write_text
+from pixelcnn_lit.runs.atomic import atomic_write, atomic_write_text
 from pixelcnn_lit.runs.machine import step_work
-from pixelcnn_lit.runs.saved import CONFIG
+from pixelcnn_lit.runs.saved import CONFIG, last_checkpoint
 from pixelcnn_lit.training.callbacks import (
     EpochLine,
     HParams,
@@ -81,8 +81,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     torch.compiler.reset()  # the jobs of a sweep share a process: from the ninth on, none would be compiled
     saved_with = hparams | extra_config
     if not len(data.validation):
-        saved_with["callbacks"] = keep_the_last(saved_with["callbacks"], saved_with["scheduler"])
-        saved_with["trainer"] = saved_with["trainer"] | {"limit_val_batches": 0}
+        saved_with |= without_validation(saved_with)
     extras = [build_callback(name, own) for name, own in saved_with["callbacks"].items()]
     saved = load_resume_state(str(run.start), module, data, extras) if run.start else {}
     begun = SaveConfig(run.directory, saved_with)
@@ -119,13 +118,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         if run.start and not begun.training:  # what Lightning restores from it is not what it should be
             raise UserError(f"ckpt={run.start}: cannot be resumed from ({first_line(error)})") from error
         raise
-    kept = trainer.checkpoint_callback
-    if not isinstance(kept, ModelCheckpoint) or not Path(kept.best_model_path).is_file():
-        raise UserError(
-            "nothing was trained and kept in this run: type a larger trainer.max_epochs, max_steps, max_time or "
-            "limit_train_batches"
-        )
-    best = kept.best_model_path
+    best = best_weights(trainer, run, data)
     return Fitted(trainer, best, read_checkpoint(best)["scored"], throughput, extras)
 
 
@@ -177,38 +170,55 @@ class SaveConfig(Callback):
             (self.directory / "result.json").unlink(missing_ok=True)
 
 
-def keep_the_last(callbacks: dict[str, Any], scheduler: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the config of callbacks where no images are left to validate on: the last weights are kept as the best.
+def without_validation(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what changes in the settings of a run where no images are left to validate on: no weights are best.
 
-    Raises UserError where another setting wants the figures of a validation.
+    Raises UserError where a setting wants the figures of a validation.
     """
     without = "dataset.validation_fraction=0 leaves nothing to validate on"
+    scheduler = settings["scheduler"]
     if scheduler and resolve(scheduler.get("_target_"), LRScheduler) is ReduceLROnPlateau:
         raise UserError(f"scheduler: ReduceLROnPlateau follows validations, and {without}; type another")
-    kept = {}
+    callbacks = {name: config for name, config in settings["callbacks"].items() if name != "best"}
     for name, config in callbacks.items():
-        match name, config:
-            case "best", {"_target_": _}:
-                config = config | {"monitor": None, "save_on_train_epoch_end": True}
-            case _, {"monitor": str(monitor)} if monitor.startswith("val/"):
+        match config:
+            case {"monitor": str(monitor)} if monitor.startswith("val/"):
                 raise UserError(f"callbacks.{name}.monitor={monitor}: {without}; type ~callbacks.{name}")
-        kept[name] = config
-    return kept
+    # What else would follow a validation follows each epoch.
+    every_epoch = {"limit_val_batches": 0, "check_val_every_n_epoch": 1, "val_check_interval": 1.0}
+    return {"callbacks": callbacks, "trainer": settings["trainer"] | every_epoch}
+
+
+def best_weights(trainer: L.Trainer, run: Run, data: ImageData) -> str:
+    """Return the checkpoint to be tested: best on validation, or without one a copy of the last.
+
+    Raises UserError where there is none.
+    """
+    kept, last = trainer.checkpoint_callback, last_checkpoint(run.directory)
+    best = kept.best_model_path if isinstance(kept, ModelCheckpoint) else ""
+    if not len(data.validation) and last.is_file():
+        best = str(last.with_name("best.ckpt"))
+        if trainer.is_global_zero:
+            with atomic_write(Path(best)) as file:
+                file.write(last.read_bytes())
+        trainer.strategy.barrier()
+    if not Path(best).is_file():
+        raise UserError(
+            "nothing was trained and kept in this run: type a larger trainer.max_epochs, max_steps, max_time or "
+            "limit_train_batches"
+        )
+    return best
 
 
 def require_scores(trainer: L.Trainer, data: ImageData, monitor: str, mode: str) -> None:
     """Refuse, before any training, settings under which nothing would be kept as best, or tested."""
-    kept = trainer.checkpoint_callback
-    wanted = monitor if len(data.validation) else None
-    if not isinstance(kept, ModelCheckpoint) or (kept.monitor, kept.mode) != (wanted, mode):
-        best = f"the weights best on {monitor} (mode {mode})" if wanted else "weights, as a ModelCheckpoint"
-        raise UserError(f"callbacks.best: must keep {best}; type that")
-    if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
-        raise UserError("trainer.fast_dev_run: keeps no checkpoint; type trainer.max_steps=1")
     require_batches(trainer, "test", len(data.test), data.batch_size)
-    if not wanted:
+    if not len(data.validation):
         return
     require_batches(trainer, "val", len(data.validation), data.batch_size)
+    kept = trainer.checkpoint_callback
+    if not isinstance(kept, ModelCheckpoint) or (kept.monitor, kept.mode) != (monitor, mode) or not kept.save_top_k:
+        raise UserError(f"callbacks.best: must keep the weights best on {monitor} (mode {mode}); type that")
     every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
     if every and epochs is not None and 0 <= epochs < every:
         raise UserError(f"trainer.max_epochs={epochs}: type at least trainer.check_val_every_n_epoch={every}")

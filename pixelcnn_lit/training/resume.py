@@ -64,8 +64,7 @@ class LastCheckpoint(Checkpoint):
         self.path = last_checkpoint(Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._owed = False  # whether the epoch that ends is still to be saved
-        self._safe = True  # whether all is saved: a resumed run may begin with a validation
+        self._saved = True  # whether last.ckpt holds all that was trained
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             remove_partial_files(self.path.parent)
@@ -79,43 +78,43 @@ class LastCheckpoint(Checkpoint):
         return trainer.train_dataloader.batch_sampler  # pyright: ignore[reportOptionalMemberAccess]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._batches(trainer).skip(0)
+        self._batches(trainer).skip(0)  # a run resumed before the validation at an epoch's end began no pass since
         Loops(trainer).begin_epoch()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
-        self._safe = False
+        self._saved = False
         loops = Loops(trainer)
-        if loops.accumulates or loops.ends_by_itself:
-            return  # gradients are in no checkpoint; a run that stops by itself is saved with its last score
-        validation = loops.validation_is_due
-        stop, late = self._agreed(trainer)
-        if batch_idx + 1 == trainer.num_training_batches and not validation:
-            self._owed = True  # schedulers are still to be stepped
-            return
-        if validation or late or stop or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+        if loops.accumulates:
+            return  # gradients that wait for more are in no checkpoint
+        if loops.ends_by_itself:
+            return  # on_train_epoch_end saves it
+        validation_follows = loops.validation_is_due
+        signum, late = self._agreed(trainer)
+        if batch_idx + 1 == trainer.num_training_batches and not validation_follows:
+            return  # on_train_epoch_end saves it: schedulers are still to be stepped
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if validation_follows or late or signum or due:
             self._save(trainer)
-        if stop:
-            self._stop(trainer, stop)
+        if signum:
+            self._stop(trainer, signum)
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.path)
-        self._saved_at, self._owed, self._safe = time.monotonic(), False, True
+        self._saved = True
+        self._saved_at = time.monotonic()
 
     def _agreed(self, trainer: L.Trainer) -> tuple[int, bool]:
-        """The signal that asks to stop, and whether it is time to save: the same answers in every process."""
+        """Return the signal that asks to stop, or 0, and whether it is time to save: the same in every process."""
         late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
-        if trainer.world_size == 1:
-            return noted(), late
-        answers = torch.tensor([noted(), int(late)], device=trainer.strategy.root_device)
-        asked, late = trainer.strategy.reduce(answers, reduce_op="max").tolist()  # pyright: ignore
-        return asked, bool(late)
+        signum, some_are_late = over_processes(trainer, "max", noted(), int(late))
+        return signum, bool(some_are_late)
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        asked, _ = self._agreed(trainer)
-        if asked:
-            self._stop(trainer, asked)
+        signum, _ = self._agreed(trainer)
+        if signum:
+            self._stop(trainer, signum)
 
     def _stop(self, trainer: L.Trainer, signum: int) -> None:
         """End the run, whose last checkpoint is written."""
@@ -127,31 +126,32 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn how many batches every process has, the last of which can be missing in some."""
-        batches = [sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)]
-        fewest = -torch.tensor(batches, device=trainer.strategy.root_device)
-        self._common_batches = -int(trainer.strategy.reduce(fewest, reduce_op="max"))  # pyright: ignore
+        own = sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+        (self._common_batches,) = over_processes(trainer, "min", int(own))
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._safe and batch_idx < self._common_batches:
+        if self._saved and batch_idx < self._common_batches:
             self._stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._safe:
+        if self._saved:
             self._stop_if_asked(trainer)  # a sample grid may have been left unfinished
 
+    # A test, too, is run again by a resumed run.
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
     on_test_end = on_validation_end
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what the last batch left to be saved: a run that ends by itself, or an epoch."""
         loops = Loops(trainer)
-        validation = loops.validation_is_due
-        if loops.ends_by_itself and validation:
-            self._save(trainer)  # as before that validation, whose scheduler step follows it
+        validated = loops.validation_is_due  # now that it has been: a resumed run begins with it
+        if validated and loops.ends_by_itself:
+            self._save(trainer)  # before the plateau's step, which follows the validation
         loops.step_plateau_schedulers()
-        if (self._owed or loops.ends_by_itself) and not validation:
+        if not validated and (not self._saved or loops.ends_by_itself):
             self._save(trainer)
             self._stop_if_asked(trainer)
 
@@ -163,13 +163,26 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the paths of other callbacks follow a run directory that was moved; and none lead out of it."""
-        here = self.path.parent
         for state in checkpoint["callbacks"].values():
             if "best_model_path" in state:
-                state["dirpath"] = str(here)
-                for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                    state[key] = state[key] and str(here / Path(state[key]).name)
-                state["best_k_models"] = {str(here / Path(k).name): v for k, v in state["best_k_models"].items()}
+                move_paths(state, self.path.parent)
+
+
+def move_paths(state: dict[str, Any], here: Path) -> None:
+    """Let the state of a ModelCheckpoint name the same files in the directory `here`."""
+    state["dirpath"] = str(here)
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[key] = state[key] and str(here / Path(state[key]).name)
+    state["best_k_models"] = {str(here / Path(file).name): score for file, score in state["best_k_models"].items()}
+
+
+def over_processes(trainer: L.Trainer, how: str, *numbers: int) -> list[int]:
+    """Return the largest ("max") or smallest ("min") of each number over all processes."""
+    if trainer.world_size == 1:
+        return list(numbers)
+    own = torch.tensor(numbers, device=trainer.strategy.root_device)
+    everywhere: Any = trainer.strategy.reduce(own, reduce_op=how)
+    return everywhere.tolist()
 
 
 def requeue() -> None:
