@@ -43,7 +43,7 @@ def flipped(images: np.ndarray) -> np.ndarray:
     return images
 
 
-@pytest.fixture(params=["train", "train_classifier"])
+@pytest.fixture(params=["train", pytest.param("train_classifier", marks=pytest.mark.long)])
 def trained(request, tmp_path) -> tuple[str, Path, Path]:
     """A command, the directory of its run, and the file that it trained on."""
     name, run, file = request.param, tmp_path / "run", tmp_path / "x.npz"

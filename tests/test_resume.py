@@ -154,11 +154,11 @@ MOMENTS = [
     ("two validations an epoch", "validation_step", 6),
     ("a validation every other epoch", "training_step", 10),
     ("stopped by max_steps", "training_step", 11),
-    ("no scheduler", "training_step", 8),
-    ("another likelihood", "training_step", 8),
     ("overfitted", "training_step", 3),
 ]
 OTHER_MOMENTS = [
+    ("no scheduler", "training_step", 8),
+    ("another likelihood", "training_step", 8),
     ("longer epochs", "training_step", 6),
     ("validations by steps", "training_step", 6),
     ("64-true", "validation_step", 2),

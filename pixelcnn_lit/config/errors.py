@@ -147,7 +147,7 @@ def _no_such_setting(key: str, settings: Mapping[str, Any]) -> str:
     if likely := meant(key, settings):
         return f"{key}: there is no such setting; did you mean {' or '.join(likely)}?"
     *group, last = key.split(".")
-    beside: Any = settings
+    beside: object = settings
     for part in group:
         beside = beside.get(part) if isinstance(beside, Mapping) else None
     return f"{key}: there is no such setting; {suggest(last, beside if isinstance(beside, Mapping) else settings)}"

@@ -183,7 +183,7 @@ def _picklable(drawing: Drawing) -> Drawing:
 
 def _plain(part: nn.Module) -> nn.Module:
     """A module that computes the same as one with parametrizations, to be read and not trained."""
-    kind: Any = parametrize.type_before_parametrizations(part)
+    kind: type[nn.Module] = parametrize.type_before_parametrizations(part)
     plain = kind.__new__(kind)
     plain.__dict__.update(part.__dict__)
     weights = {name: getattr(part, name).detach() for name in part.parametrizations}  # pyright: ignore

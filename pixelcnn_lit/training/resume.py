@@ -181,8 +181,7 @@ def over_processes(trainer: L.Trainer, how: str, *numbers: int) -> list[int]:
     if trainer.world_size == 1:
         return list(numbers)
     own = torch.tensor(numbers, device=trainer.strategy.root_device)
-    everywhere: Any = trainer.strategy.reduce(own, reduce_op=how)
-    return everywhere.tolist()
+    return trainer.strategy.reduce(own, reduce_op=how).tolist()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def requeue() -> None:
