@@ -153,6 +153,7 @@ KEYS = {
     "callbacks.sample": "did you mean callbacks.samples?",
     "seed.foo": "choose from: callbacks, channels_last",
     "model.n_residual.foo": "choose from: callbacks, channels_last",
+    "callbacks.best.mode": "choose from: _target_, auto_insert_metric_name",  # and not `model`
 }
 
 
@@ -165,6 +166,8 @@ def test_an_unknown_key_is_looked_for_in_all_groups():
                 compose("train", [f"{key}=3"])
             line = explain(unknown.value, lambda: settings)
             assert line.startswith(f"{key}: there is no such setting; {answer}"), line
+            hinted = line.endswith(f"if its _target_ has it, type +{key}=...")
+            assert hinted == (key == "callbacks.best.mode")
         for key, answer in {
             "lr": "optimizer.lr=...",
             "model.n_residual": "model.n_residual=...",

@@ -44,10 +44,27 @@ def suggest(word: str, words: Iterable[str]) -> str:
 
 
 def meant(key: str, settings: Mapping[str, Any]) -> list[str]:
-    """Those of all `settings` that may be meant by an unknown key."""
-    likeness = {name: _likeness(key, name) for name in _names(settings, nested="." in key)}
+    """Those of all `settings` that may be meant by an unknown key.
+
+    Where its group is right, a setting of another one must have the very name that it has there.
+    """
+    group, _, last = key.rpartition(".")
+    inside = _group(group, settings)
+    likeness = {
+        name: _likeness(key, name)
+        for name in _names(settings, nested="." in key)
+        if inside is None or name.startswith(f"{group}.") or name.rpartition(".")[2] == last
+    }
     nearest = max(likeness.values(), default=(0.0, 0.0))
     return [name for name, own in likeness.items() if own == nearest >= (0.7, 0.0)]
+
+
+def _group(key: str, settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what is set in a group, which may lie inside others; None if there is no such group."""
+    found: object = settings
+    for part in key.split(".") if key else ():
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found if key and isinstance(found, Mapping) else None
 
 
 def _names(settings: Mapping[str, Any], nested: bool, inside: str = "") -> Iterator[str]:
@@ -146,11 +163,12 @@ _UNKNOWN = r"(Could not override|Could not delete from config\.) '(?P<key>(?!hyd
 def _no_such_setting(key: str, settings: Mapping[str, Any]) -> str:
     if likely := meant(key, settings):
         return f"{key}: there is no such setting; did you mean {' or '.join(likely)}?"
-    *group, last = key.split(".")
-    beside: object = settings
-    for part in group:
-        beside = beside.get(part) if isinstance(beside, Mapping) else None
-    return f"{key}: there is no such setting; {suggest(last, beside if isinstance(beside, Mapping) else settings)}"
+    group, _, last = key.rpartition(".")
+    inside = _group(group, settings)
+    if inside is None:
+        return f"{key}: there is no such setting; {suggest(last, settings)}"
+    more = f"; if its _target_ has it, type +{key}=..." if "_target_" in inside else ""
+    return f"{key}: there is no such setting; {suggest(last, inside)}{more}"
 
 
 def _not_an_override(override: str, settings: Mapping[str, Any]) -> str:

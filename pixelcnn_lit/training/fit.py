@@ -212,6 +212,8 @@ def best_weights(trainer: L.Trainer, run: Run, data: ImageData) -> str:
 
 def require_scores(trainer: L.Trainer, data: ImageData, monitor: str, mode: str) -> None:
     """Refuse, before any training, settings under which nothing would be kept as best, or tested."""
+    if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        raise UserError("trainer.fast_dev_run: keeps no checkpoint; type trainer.max_steps=1")
     require_batches(trainer, "test", len(data.test), data.batch_size)
     if not len(data.validation):
         return
