@@ -66,6 +66,7 @@ TYPOS = [
     ("likelihood.colour=red", "likelihood.colour=red: must be one of autoregressive, independent"),
     ("conditional=1", "conditional=1: must be true or false"),
     ("+model.depth=3", "model.depth: there is no such setting"),
+    ("optimizer._target_=torch.optim.RMSProp", "there is no RMSProp in torch.optim; did you mean RMSprop?"),
     ("optimizer.lr=fast", "optimizer.lr=fast: must be a number"),
     ("optimizer.lr=-1", "optimizer: Invalid learning rate"),
     ("likelihood.colour=grey", "likelihood.colour=grey: must be one of autoregressive, independent"),

@@ -18,7 +18,7 @@ HOMES = ("pixelcnn_lit.", "torch.optim.", "lightning.pytorch.callbacks.")
 
 
 def resolve(target: object, kind: type) -> Callable[..., Any]:
-    """The class `target` if it subclasses `kind`, or the function `target` if it is annotated to return `kind`.
+    """Return the class `target` if it subclasses `kind`, or the function if it is annotated to return one.
 
     Raises UserError for anything else, in particular for a name that merely can be reached through our modules
     (`torch.optim.adam.torch.os.system`).
@@ -28,16 +28,25 @@ def resolve(target: object, kind: type) -> Callable[..., Any]:
     if not str(target).startswith(HOMES):
         raise refusal
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
+        home = importlib.import_module(module)
+    except ImportError:
         raise refusal from None
-    if not f"{getattr(found, '__module__', '')}.".startswith(HOMES) or found is kind:
+    found = getattr(home, name, None)
+    known = [key for key, value in vars(home).items() if _is_of(kind, value)] if found is None else []
+    if known:
+        raise UserError(f"_target_={target}: there is no {name} in {module}; {suggest(name, known)}")
+    if found is None or found is kind or not f"{getattr(found, '__module__', '')}.".startswith(HOMES):
         raise refusal
-    if inspect.isclass(found) and issubclass(found, kind):
-        return found
-    if inspect.isfunction(found) and hints_of(found).get("return") is kind:
-        return found
-    raise refusal
+    if not _is_of(kind, found):
+        raise refusal
+    return found
+
+
+def _is_of(kind: type, found: object) -> bool:
+    """Return whether it is a subclass of `kind`, or a function that is annotated to return one."""
+    if inspect.isclass(found):
+        return issubclass(found, kind)
+    return inspect.isfunction(found) and hints_of(found).get("return") is kind
 
 
 def build(where: str, config: Mapping[str, Any], kind: type, **facts: Any) -> Any:
