@@ -104,7 +104,7 @@ def test_law_4_log_prob_is_channel_logits_at_the_value(likelihood, channels, lev
 @pytest.mark.parametrize(("network", "likelihood"), EACH_ONCE)
 @torch.no_grad()
 def test_law_6_a_checkpoint_loaded_and_asked_again_gives_the_same_bits(network, likelihood, tmp_path):
-    model = density(network, likelihood, (3, 2, 2), levels=5)
+    model = density(network, likelihood, (3, 2, 2), levels=5, label_dropout=0.1)
     x, y = torch.randint(5, (4, 3, 2, 2), dtype=torch.uint8), torch.tensor([0, 1, 2, 3])
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(DensityModule(model))
