@@ -128,7 +128,7 @@ def report(model: Density, images: Split, size: int, model_bits: float, class_bi
     return "\n".join([*rows, f"{'overhead':>24}  {8 * size / ideal - 1:.3%} over model and classes"])
 
 
-def encoded(image: Tensor, format: str, **options: Any) -> int:
+def encoded(image: Tensor, format: str, **options: object) -> int:
     """Bytes of an image uint8 [C,H,W] as Pillow writes it."""
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format, **options)

@@ -27,7 +27,7 @@ from pixelcnn_lit.training.run import Run, train_in_a_run
 from pixelcnn_lit.training.sample_grid import SampleGrid
 
 
-def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
+def main(ckpt: str | None, skip_completed: bool, **settings: object) -> None:
     train_in_a_run(train, ckpt, skip_completed, settings)
 
 
@@ -46,7 +46,7 @@ def train(
     threads: Threads = None,
     conditional: bool = True,
     label_dropout: Annotated[float, Interval(ge=0, le=1)] = 0.0,
-    **own: Any,  # of DensityModule
+    **own: object,  # of DensityModule
 ) -> None:
     """Fit in the run's directory, test the best weights, and leave result.json."""
     take_threads(threads)  # weights are drawn on as many, whatever training takes

@@ -27,7 +27,7 @@ from pixelcnn_lit.training.fit import fit, scores_line, write_result
 from pixelcnn_lit.training.run import Run, train_in_a_run
 
 
-def main(ckpt: str | None, skip_completed: bool, **settings: Any) -> None:
+def main(ckpt: str | None, skip_completed: bool, **settings: object) -> None:
     train_in_a_run(train, ckpt, skip_completed, settings)
 
 

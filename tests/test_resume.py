@@ -308,7 +308,7 @@ def test_a_crafted_state_gets_one_line(cut, damage):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_signal_in_a_validation_never_loses_what_was_not_saved(tmp_path, whole, monkeypatch, accumulate):
-    """Where gradients are being accumulated the state cannot be saved: the run goes on to the next optimizer step."""
+    """Where gradients are being accumulated the state cannot be saved: the run continues to the next optimizer step."""
     settings = [*RUN, "trainer.val_check_interval=2", f"trainer.accumulate_grad_batches={accumulate}"]
     train(tmp_path / "whole", *settings)
     step, calls = DensityModule.validation_step, []

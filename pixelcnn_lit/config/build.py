@@ -49,7 +49,7 @@ def _is_of(kind: type, found: object) -> bool:
     return inspect.isfunction(found) and hints_of(found).get("return") is kind
 
 
-def build(where: str, config: Mapping[str, Any], kind: type, **facts: Any) -> Any:
+def build(where: str, config: Mapping[str, Any], kind: type, **facts: object) -> Any:
     """Call `config["_target_"]` with the other values of `config`, checked, and with `facts`, which the program knows.
 
     `where` is the config group, for the messages ("model.n_residual=-1: ...").

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 
-def matches(value: object, hint: Any) -> bool:
+def matches(value: object, hint: object) -> bool:
     """Return whether a plain value fits an annotation.
 
     An int passes for a float, a bool for neither, a text for nothing else, and a list, as yaml has it, for a tuple.
@@ -45,7 +45,7 @@ def _adapter(hint: Any) -> "TypeAdapter | None":
         return None
 
 
-def describe(hint: Any) -> str:
+def describe(hint: object) -> str:
     """An annotation in words: "a whole number >= 1"."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:

@@ -212,7 +212,7 @@ class Density(nn.Module):
             return build("sampler", sampler, Tensor, request=Request(self, y, **own))
 
     def sample(
-        self, n_per_class: int = 1, classes: Sequence[int | str] | None = None, seed: int = 0, **settings: Any
+        self, n_per_class: int = 1, classes: Sequence[int | str] | None = None, seed: int = 0, **settings: object
     ) -> Tensor:
         """Return images of each class: uint8 [K,n_per_class,C,H,W].
 
@@ -225,7 +225,7 @@ class Density(nn.Module):
         numbers = None if classes is None else self.class_numbers(classes)
         return self.draw(_sampler(settings, n_per_class=n_per_class, seed=seed), numbers)
 
-    def complete(self, x: Tensor, known: Tensor, y: Tensor, n: int = 1, seed: int = 0, **settings: Any) -> Tensor:
+    def complete(self, x: Tensor, known: Tensor, y: Tensor, n: int = 1, seed: int = 0, **settings: object) -> Tensor:
         """Return images that keep the `known` pixels of x to the bit, the others drawn: uint8 [B,n,C,H,W].
 
         Args:

@@ -108,7 +108,7 @@ def _job(name: str, debug: bool, cfg: DictConfig) -> None:
         with contextlib.suppress(OSError):
             atomic_write_text(run_dir() / "error.txt", line or repr(error))
         if sweep:
-            raise  # Hydra goes on with the next job, which it would not after sys.exit
+            raise  # Hydra continues with the next job, which it would not after sys.exit
         if debug or line is None:
             raise  # a fault of the program shows its traceback
         sys.exit(f"error: {line}")

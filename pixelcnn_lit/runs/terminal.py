@@ -15,7 +15,7 @@ def print_what_can_be_printed() -> None:
             stream.reconfigure(errors="replace")
 
 
-def progress(*iterable: Any, **own: Any) -> "tqdm":
+def progress(*iterable: Any, **own: object) -> "tqdm":
     """tqdm's bar, on stdout as Lightning's are, and none where that is no terminal."""
     from tqdm.auto import tqdm  # not above: a typo is answered without it
 

@@ -194,14 +194,15 @@ def best_weights(trainer: L.Trainer, run: Run, data: ImageData) -> str:
 
     Raises UserError where there is none.
     """
-    kept, last = trainer.checkpoint_callback, last_checkpoint(run.directory)
+    kept = trainer.checkpoint_callback
     best = kept.best_model_path if isinstance(kept, ModelCheckpoint) else ""
-    if not len(data.validation) and last.is_file():
+    if not len(data.validation):
+        last = last_checkpoint(run.directory)
         best = str(last.with_name("best.ckpt"))
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and last.is_file():
             with atomic_write(Path(best)) as file:
                 file.write(last.read_bytes())
-        trainer.strategy.barrier()
+        trainer.strategy.barrier()  # for all, whatever each of them sees of a slow file system
     if not Path(best).is_file():
         raise UserError(
             "nothing was trained and kept in this run: type a larger trainer.max_epochs, max_steps, max_time or "

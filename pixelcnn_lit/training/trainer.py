@@ -42,7 +42,7 @@ class EndWaitingProcesses(Callback):
             launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
-def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **extra: Any) -> L.Trainer:
+def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **extra: object) -> L.Trainer:
     """A Trainer from conf/trainer. `precision: auto` becomes bf16 where the machine is fast at it."""
     settings = dict(config)
     if settings.get("precision") == "auto":
