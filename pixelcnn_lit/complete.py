@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import saved_or_given
-from pixelcnn_lit.data.pictures import grid, read_png, save
+from pixelcnn_lit.data.grids import grid, save
+from pixelcnn_lit.data.pictures import read_png
 from pixelcnn_lit.data.transforms import requantize_levels
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
@@ -58,7 +59,7 @@ def main(
 
     directory = run_dir()
     rows = torch.cat([x[:, None], torch.where(known, x, model.levels // 2)[:, None], drawn], dim=1)
-    save(grid(rows, model.levels), directory / "completions.png")
+    save(grid(rows, model.levels, model.called(y)), directory / "completions.png")
     result: dict[str, Any] = {"checkpoint": ckpt, "images": len(x), "known": int(known.sum()), "labels": y}
     if is_beginning(known):
         scores = {

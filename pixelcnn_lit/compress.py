@@ -27,7 +27,6 @@ from pixelcnn_lit.runs.atomic import atomic_write
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.terminal import progress
-from pixelcnn_lit.scoring.bayes import class_log_likelihoods
 
 SPLITS = ("train", "validation", "test")
 
@@ -71,7 +70,7 @@ def of_file(model: Density, path: str, n_images: int | None, batch_size: int) ->
     if len(pixels) and int(pixels.max()) >= model.levels:
         raise UserError(f"images={path}: a value of {int(pixels.max())}, but the model is of {model.levels} levels")
     if labels is None and len(pixels):
-        labels = torch.tensor(model.classes)[class_log_likelihoods(model, pixels, batch_size).argmax(1)]
+        labels = torch.tensor(model.classes)[model.class_log_likelihoods(pixels, batch_size).argmax(1)]
     if labels is None:
         labels = torch.zeros(0, dtype=torch.int64)
     if len(model.classes) > 1 and not set(labels.tolist()) <= set(model.classes):

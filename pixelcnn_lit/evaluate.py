@@ -20,14 +20,15 @@ from torchmetrics.functional.classification import binary_auroc
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import ImageData, image_data, saved_or_given, uniform_bpd
 from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.density.bayes import class_prior, marginal
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, step_work, take_threads
 from pixelcnn_lit.runs.run_dir import plain_name, relative, run_dir
-from pixelcnn_lit.scoring.bayes import class_log_likelihoods, class_prior, marginal, posterior, score
 from pixelcnn_lit.scoring.plots import show_histogram
+from pixelcnn_lit.scoring.posteriors import score
 from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_threads
 
 
@@ -95,8 +96,8 @@ def classify(model: Density, data: ImageData, images: Split, split: str) -> dict
     """Tell the classes of images, which are of `split`, by Bayes' rule. The prior: how often a class is trained on."""
     if model.num_classes < 2:
         raise UserError("task=classify: this model knows one class, and there is none to tell it from; type task=bpd")
-    given = class_log_likelihoods(model, images.x, data.batch_size)
-    scores = score(posterior(given, class_prior(data.train.y, model.num_classes)), images.y)
+    prior = class_prior(data.train.y, model.num_classes)
+    scores = score(model.classify(images.x, prior, data.batch_size), images.y)
     print(f"{data.label}, {split} split, {len(images)} images")
     for name, value in scores._asdict().items():
         print(f"{name:>17}  {value:.4f}")
@@ -113,7 +114,7 @@ def novelty(model: Density, data: ImageData, images: Split, ood: dict[str, Any])
     prior = class_prior(data.train.y, model.num_classes)
 
     def bpd(x: Tensor) -> Tensor:
-        given = class_log_likelihoods(model, x, data.batch_size)
+        given = model.class_log_likelihoods(x, data.batch_size)
         return -bits(marginal(given, prior) / model.dims)
 
     own = bpd(images.x)

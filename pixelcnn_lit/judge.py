@@ -18,7 +18,7 @@ from annotated_types import Ge
 
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import ImageData, saved_or_given
-from pixelcnn_lit.data.pictures import grid, save
+from pixelcnn_lit.data.grids import grid, save
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.classifier_module import load_classifier
 from pixelcnn_lit.runs.atomic import atomic_write_text
@@ -77,7 +77,7 @@ def main(
             shown_features = drawn.features.unflatten(0, images.shape[:2])[:, :SHOWN].flatten(0, 1)
             closest = nearest(shown_features, training.features)
             pairs = torch.stack([some, data.train.x[closest].view_as(some)], dim=2).flatten(1, 2)
-            save(grid(pairs, model.levels), run_dir() / "nearest.png")
+            save(grid(pairs, model.levels, model.class_names), run_dir() / "nearest.png")
             show_confusion(verdicts[name].confusion, data.class_names, run_dir() / "confusion.png")
     head = {"ckpt": ckpt, "classifier_ckpt": classifier_ckpt, "label": data.label, "n_compared": n}
     report(verdicts, head)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pixelcnn_lit.data.pictures import animate, grid, save
+from pixelcnn_lit.data.grids import animate, grid, save
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.runs.pace import Pace
@@ -35,9 +35,10 @@ def main(
     say_threads(model.device, threads, processes)
     watch = filling if gif else None
     images = model.draw(sampler, asked, threads, watch=watch, progress=True, processes=processes, pace=pace).cpu()
-    save(grid(images, model.levels), directory / "samples.png")
+    names = model.called(asked)
+    save(grid(images, model.levels, names), directory / "samples.png")
     if gif:
-        animate([grid(frame, model.levels) for frame in [*filling.frames, images]], directory / "samples.gif")
+        animate([grid(frame, model.levels, names) for frame in [*filling.frames, images]], directory / "samples.gif")
     pixels, labels = images.flatten(0, 1).permute(0, 2, 3, 1), np.repeat(asked, images.shape[1])
     np.savez(directory / "samples.npz", images=pixels.numpy(), labels=labels)
     print(

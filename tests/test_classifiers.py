@@ -19,10 +19,11 @@ from pixelcnn_lit.classifiers import networks
 from pixelcnn_lit.classifiers.networks import ResidualBlock
 from pixelcnn_lit.config.build import build
 from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.density.bayes import marginal, posterior
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.classifier_module import ClassifierModule, load_classifier
 from pixelcnn_lit.runs.command import CONF
-from pixelcnn_lit.scoring.bayes import class_log_likelihoods, marginal, posterior, score
+from pixelcnn_lit.scoring.posteriors import score
 from pixelcnn_lit.scoring.samples import Features, diversity, frechet_distance, kernel_distance, nearest, read, verdict
 
 NAMES = sorted(path.stem for path in (CONF / "classifier").glob("*.yaml"))
@@ -381,7 +382,7 @@ def test_the_posterior_is_bayes_rule_and_the_scores_are_its():
 def test_likelihoods_given_each_class_are_the_models_own(digits):
     model = density("pixelcnn", "categorical", **digits.facts).double()
     x, y = digits.test.x[:12], digits.test.y[:12]
-    given = class_log_likelihoods(model, x, batch_size=5)
+    given = model.class_log_likelihoods(x, batch_size=5)
     with torch.no_grad():
         assert torch.allclose(given.gather(1, y[:, None])[:, 0], -model.nats(x, y), rtol=1e-12)
     assert given.shape == (12, 10)
@@ -399,7 +400,7 @@ def test_evaluate_classifies(tmp_path, digits):
     model, data = load(ckpt.removeprefix("ckpt=")), digits
     some = data.test[torch.randperm(250, generator=torch.Generator().manual_seed(0))[:20]]
     prior = torch.bincount(data.train.y).double() / len(data.train)
-    expected = score(posterior(class_log_likelihoods(model, some.x, 20), prior), some.y)
+    expected = score(posterior(model.class_log_likelihoods(some.x, 20), prior), some.y)
     assert told["images"] == 20
     assert told["nll"] == pytest.approx(expected.nll, rel=1e-5)
     assert told["accuracy"] == expected.accuracy

@@ -24,7 +24,7 @@ from omegaconf.errors import (
 from pixelcnn_lit.config.quoting import quoted, read
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake the user can mend; its text is the one line to show, whatever a damaged file put into it."""
 
     def __init__(self, text: str) -> None:

@@ -14,8 +14,8 @@ from itertools import islice
 from typing import Any
 
 from pixelcnn_lit.data.datamodule import ImageData, image_data, uniform_bpd
+from pixelcnn_lit.data.grids import grid, save
 from pixelcnn_lit.data.images import Split, channel_statistics, first_of_each_class
-from pixelcnn_lit.data.pictures import grid, save
 from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative, run_dir
 from pixelcnn_lit.runs.terminal import progress
@@ -36,7 +36,7 @@ def main(dataset: dict[str, Any], augmented: bool, threads: Threads) -> None:
     print(f"{'class':>12}" + "".join(f"{name:>12}" for name in splits))
     for label, class_name in enumerate(data.class_names):
         print(f"{class_name:>12}" + "".join(f"{int((split.y == label).sum()):>12}" for split in splits.values()))
-    save(grid(nine, data.levels), run_dir() / "images.png")
+    save(grid(nine, data.levels, data.class_names), run_dir() / "images.png")
     print(relative(run_dir() / "images.png"))
     if len(data.train) >= data.batch_size:
         print(f"its loader serves {loader_speed(data):,.0f} training images/s in batches of {data.batch_size}")

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 import torch
 from annotated_types import Interval
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from pixelcnn_lit.checkpoints.safetensors import digest
 from pixelcnn_lit.config.build import build, inspect_config
 from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.density.bayes import posterior
 from pixelcnn_lit.models.protocols import Embedding, Likelihood, Network, SteppableNetwork, Stepper
 from pixelcnn_lit.nn.wavefronts import At
 from pixelcnn_lit.runs.machine import on_threads
+from pixelcnn_lit.runs.terminal import progress
 from pixelcnn_lit.samplers.draw import Request, refuse_steering
 
 SAMPLER = "pixelcnn_lit.samplers.draw.draw"
@@ -129,6 +131,10 @@ class Density(nn.Module):
         """The classes it was trained on; `num_classes` ("no class") where the class was hidden from it at times."""
         return self.classes + [self.num_classes] * (self.conditional and self.label_dropout > 0)
 
+    def called(self, classes: Sequence[int]) -> list[str]:
+        """Return the names of classes that are given by number."""
+        return ["no class" if one == self.num_classes else self.class_names[one] for one in classes]
+
     def class_numbers(self, classes: Sequence[int | str], setting: str = "classes") -> list[int]:
         """Return the numbers of classes that are given by name or, where none has that name, by number.
 
@@ -176,18 +182,47 @@ class Density(nn.Module):
         """Nats of each value given the class and all before it, [B,C,H,W]; arguments as of `forward`."""
         return self.likelihood.log_prob(self.features(x, y), x)
 
-    def nats(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return -log p(x | y) in nats an image [B], of levels uint8 [B,C,H,W] and classes int64 [B].
+    @torch.no_grad()
+    def nats(self, x: Tensor, y: Tensor | Sequence[int | str]) -> Tensor:
+        """Return -log p(x | y) in nats an image [B]; to be trained, call the model instead: see `forward`.
 
-        Raises UserError where they are not those of this model.
+        Raises UserError, a ValueError, where these are no images and classes of this model.
+
+        Args:
+            x: levels uint8 [B,C,H,W].
+            y: the class of each, int64 [B], or a list of classes by name or number.
         """
-        self._require_images(x, y)
-        return self(x, y)
+        return self(*self._checked(x, y))
 
-    def bits_per_pixel(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return where the bits are spent: [B,H,W], whose sum is `nats` in bits. Raises as `nats` does."""
-        self._require_images(x, y)
-        return bits(-self.log_prob(x, y).sum(1))
+    @torch.no_grad()
+    def bits_per_pixel(self, x: Tensor, y: Tensor | Sequence[int | str]) -> Tensor:
+        """Return where the bits are spent: [B,H,W], whose sum is `nats` in bits. Arguments as of `nats`."""
+        return bits(-self.log_prob(*self._checked(x, y)).sum(1))
+
+    def classify(self, x: Tensor, prior: Tensor | None = None, batch_size: int = 64) -> Tensor:
+        """Return log p(y | x) by Bayes' rule: float64 [B,num_classes] on the CPU, of levels uint8 [B,C,H,W].
+
+        Raises UserError where x are no images of this model, or where it knows no classes.
+
+        Args:
+            prior: p(y) [num_classes]; all classes alike where there is none.
+            batch_size: images at a time.
+        """
+        self._require_images(x)
+        if not self.conditional:
+            raise UserError("this model knows no classes; train one with conditional=true")
+        given = self.class_log_likelihoods(x, batch_size)
+        return posterior(given, torch.ones(self.num_classes) if prior is None else prior)
+
+    @torch.no_grad()
+    def class_log_likelihoods(self, x: Tensor, batch_size: int) -> Tensor:
+        """log p(x | y) in nats of images uint8 [N,C,H,W] given each of `classes`: [N,len(classes)], on the CPU."""
+        rows = []
+        for batch in progress(x.split(batch_size), desc="classifying"):
+            here = batch.to(self.device)
+            given = [torch.full((len(here),), label, device=self.device) for label in self.classes]
+            rows.append(torch.stack([-self(here, y) for y in given], dim=1).cpu())
+        return torch.cat(rows)
 
     def check_sampler(self, sampler: dict[str, Any]) -> None:
         """Raise UserError unless the config of a sampler is one that this model can be drawn from by."""
@@ -225,36 +260,51 @@ class Density(nn.Module):
         numbers = None if classes is None else self.class_numbers(classes)
         return self.draw(_sampler(settings, n_per_class=n_per_class, seed=seed), numbers)
 
-    def complete(self, x: Tensor, known: Tensor, y: Tensor, n: int = 1, seed: int = 0, **settings: object) -> Tensor:
+    def complete(
+        self,
+        x: Tensor,
+        known: Tensor,
+        y: Tensor | Sequence[int | str],
+        n: int = 1,
+        seed: int = 0,
+        **settings: object,
+    ) -> Tensor:
         """Return images that keep the `known` pixels of x to the bit, the others drawn: uint8 [B,n,C,H,W].
 
         Args:
-            x: levels uint8 [B,C,H,W]. known: bool [H,W]. y: classes int64 [B].
+            x, y: as of `nats`. known: bool [H,W].
             settings: of `pixelcnn_lit.samplers.draw.draw`.
         """
-        self._require_images(x, y)
+        x, y = self._checked(x, y)
         if not len(x):
             raise UserError("x: no images; give some")
         if not isinstance(known, Tensor) or known.shape != x.shape[2:] or known.dtype != torch.bool:
             raise UserError(f"known: {_described(known)}; give a torch.Tensor, bool {list(x.shape[2:])}")
         sampler = _sampler(settings, n_per_class=n, seed=seed)
-        return self.draw(sampler, y.tolist(), image=x.to(self.device), known=known.to(self.device))
+        return self.draw(sampler, y.tolist(), image=x, known=known.to(self.device))
 
-    def _require_images(self, x: Tensor, y: Tensor) -> None:
+    def _checked(self, x: Tensor, y: Tensor | Sequence[int | str]) -> tuple[Tensor, Tensor]:
+        """Return images and their classes on the model's device, which they are in its terms. Raises UserError."""
+        self._require_images(x)
+        if isinstance(y, list | tuple):
+            y = torch.tensor(self.class_numbers(y, "y"))
+        if not _holds_integers(y) or y.shape != x.shape[:1]:
+            raise UserError(f"y: {_described(y)}; give the class of each image, a torch.Tensor, int64 [{len(x)}]")
+        if len(y) and self.conditional:
+            self._require_known(y.tolist(), "y")
+        return x.to(self.device), y.to(self.device)
+
+    def _require_images(self, x: Tensor) -> None:
         if not _holds_integers(x) or tuple(x.shape[1:]) != self.image_shape:
             wanted = f"[B,{','.join(map(str, self.image_shape))}]"
             raise UserError(f"x: {_described(x)}; give a torch.Tensor of integers, {wanted}")
-        if not _holds_integers(y) or y.shape != x.shape[:1]:
-            raise UserError(f"y: {_described(y)}; give the class of each image, a torch.Tensor, int64 [{len(x)}]")
         if len(x) and (int(x.min()) < 0 or int(x.max()) >= self.levels):
             raise UserError(
                 f"x: values {int(x.min())} to {int(x.max())}; this model is of levels 0 to {self.levels - 1}"
             )
-        if len(y) and self.conditional:
-            self._require_known(y.tolist(), "y")
 
 
-def _holds_integers(x: object) -> bool:
+def _holds_integers(x: object) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor) and not x.dtype.is_floating_point and x.dtype != torch.bool
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pixelcnn_lit.config.build import inspect_config
 from pixelcnn_lit.data.datamodule import ImageData
+from pixelcnn_lit.data.grids import grid, save
 from pixelcnn_lit.data.images import first_of_each_class
-from pixelcnn_lit.data.pictures import grid, save
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.machine import chosen_threads
@@ -51,7 +51,7 @@ class SampleGrid(Callback):
             return
         data: ImageData = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         real = first_of_each_class(data.train, density.num_classes, self.sampler.get("n_per_class", 1))
-        self._show(trainer, "real", grid(real, density.levels))
+        self._show(trainer, "real", grid(real, density.levels, density.class_names))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._draw_if_due(trainer, pl_module)
@@ -72,7 +72,7 @@ class SampleGrid(Callback):
         density.to(trainer.strategy.root_device)
         own = {"watch": lambda images: stop_if_noted(), "progress": trainer.progress_bar_callback is not None}
         images = density.draw(self.sampler, threads=self.threads, **own)
-        return self._show(trainer, "samples", grid(images, density.levels))
+        return self._show(trainer, "samples", grid(images, density.levels, density.called(density.classes)))
 
     @staticmethod
     def _show(trainer: L.Trainer, name: str, picture: Tensor) -> Path:

@@ -1,0 +1,74 @@
+"""Grids of images to look at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+FRAME = 2  # pixels between images
+MIN_SIDE = 32  # smaller images are enlarged
+GREY = 128
+
+
+def grid(rows: Tensor, levels: int, names: Sequence[str] = ()) -> Tensor:
+    """Return a picture of images in rows, the name of each before it: RGB uint8 [3,H',W'].
+
+    Args:
+        rows: levels uint8 [rows,columns,C,H,W].
+        names: of the rows; none where there are none.
+    """
+    return tiled((rows.cpu().float() * (255 / (levels - 1))).round().to(torch.uint8), names)
+
+
+def tiled(rows: Tensor, names: Sequence[str] = ()) -> Tensor:
+    """Return pictures uint8 [rows,columns,1 or 3,H,W], grey or RGB, as one: see `grid`."""
+    n_rows, n_columns = rows.shape[:2]
+    factor = -(-MIN_SIDE // min(rows.shape[-2:]))
+    shown = rows.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    height, width = (side + FRAME for side in shown.shape[-2:])
+    picture = torch.full((3, n_rows * height + FRAME, n_columns * width + FRAME), GREY, dtype=torch.uint8)
+    for row in range(n_rows):
+        for column in range(n_columns):
+            top, left = row * height + FRAME, column * width + FRAME
+            picture[:, top : top + height - FRAME, left : left + width - FRAME] = shown[row, column]
+    return torch.cat([_margin(names, height, len(picture[0])), picture], dim=2) if names else picture
+
+
+def _margin(names: Sequence[str], height: int, total: int) -> Tensor:
+    """Return the names of rows of so many pixels, one below the other: RGB uint8 [3,total,W]."""
+    font = ImageFont.load_default(size=12)
+    width = round(max(font.getlength(name) for name in names)) + 3 * FRAME
+    margin = Image.new("RGB", (width, total), (GREY,) * 3)
+    draw = ImageDraw.Draw(margin)
+    for row, name in enumerate(names):
+        draw.text((width - FRAME, row * height + height // 2), name, fill="white", font=font, anchor="rm")
+    return torch.from_numpy(np.asarray(margin).copy()).permute(2, 0, 1)
+
+
+def heat(bits: Tensor, most: float | None = None) -> Tensor:
+    """Return where bits are spent as pictures, from black for none over red and yellow to white for `most`.
+
+    Args:
+        bits: [...,H,W], as of `Density.bits_per_pixel`. most: the largest of them, if no other number is given.
+
+    Returns:
+        RGB uint8 [...,3,H,W].
+    """
+    share = 3 * bits.cpu().clamp_min(0) / max(float(bits.max()) if most is None else most, 1e-9)
+    ramps = torch.stack([share, share - 1, share - 2], dim=-3)  # red is full before green begins, then blue
+    return (255 * ramps.clamp(0, 1)).round().to(torch.uint8)
+
+
+def save(picture: Tensor, path: Path) -> None:
+    """Write an RGB picture uint8 [3,H,W] as PNG."""
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+
+
+def animate(pictures: list[Tensor], path: Path) -> None:
+    """Write RGB pictures uint8 [3,H,W] as an endless GIF of some five seconds, the last one held for two."""
+    frames = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+    durations = [5000 // len(frames)] * (len(frames) - 1) + [2000]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
