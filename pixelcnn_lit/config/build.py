@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 from pixelcnn_lit.config.errors import UserError, suggest
 from pixelcnn_lit.config.schema import describe, matches
 
-HOMES = ("pixelcnn_lit.", "torch.optim.", "lightning.pytorch.callbacks.")
+HOMES = ("pixelcnn_lit.", "torch.optim.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
 
 
 def resolve(target: object, kind: type) -> Callable[..., Any]:

@@ -15,10 +15,12 @@ from pixelcnn_lit.config.build import build, inspect_config
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.density.bayes import posterior
 from pixelcnn_lit.models.protocols import Embedding, Likelihood, Network, SteppableNetwork, Stepper
+from pixelcnn_lit.nn.layers import checkpoint_blocks
 from pixelcnn_lit.nn.wavefronts import At
 from pixelcnn_lit.runs.machine import on_threads
 from pixelcnn_lit.runs.terminal import progress
 from pixelcnn_lit.samplers.draw import Request, refuse_steering
+from pixelcnn_lit.samplers.walk import eval_mode
 
 SAMPLER = "pixelcnn_lit.samplers.draw.draw"
 
@@ -192,12 +194,14 @@ class Density(nn.Module):
             x: levels uint8 [B,C,H,W].
             y: the class of each, int64 [B], or a list of classes by name or number.
         """
-        return self(*self._checked(x, y))
+        with eval_mode(self):
+            return self(*self._checked(x, y))
 
     @torch.no_grad()
     def bits_per_pixel(self, x: Tensor, y: Tensor | Sequence[int | str]) -> Tensor:
         """Return where the bits are spent: [B,H,W], whose sum is `nats` in bits. Arguments as of `nats`."""
-        return bits(-self.log_prob(*self._checked(x, y)).sum(1))
+        with eval_mode(self):
+            return bits(-self.log_prob(*self._checked(x, y)).sum(1))
 
     def classify(self, x: Tensor, prior: Tensor | None = None, batch_size: int = 64) -> Tensor:
         """Return log p(y | x) by Bayes' rule: float64 [B,num_classes] on the CPU, of levels uint8 [B,C,H,W].
@@ -211,7 +215,8 @@ class Density(nn.Module):
         self._require_images(x)
         if not self.conditional:
             raise UserError("this model knows no classes; train one with conditional=true")
-        given = self.class_log_likelihoods(x, batch_size)
+        with eval_mode(self):
+            given = self.class_log_likelihoods(x, batch_size)
         return posterior(given, torch.ones(self.num_classes) if prior is None else prior)
 
     @torch.no_grad()
@@ -228,6 +233,10 @@ class Density(nn.Module):
         """Raise UserError unless the config of a sampler is one that this model can be drawn from by."""
         _, settings = inspect_config("sampler", sampler, Tensor, ["request"])
         refuse_steering(self, **{key: settings[key] for key in ("guidance_scale", "mix_with") if key in settings})
+
+    def checkpoint_blocks(self) -> bool:
+        """Compute each block twice from now on, to keep its input alone; returns whether the network has any."""
+        return bool(checkpoint_blocks(self))
 
     def digest(self) -> str:
         """Return a SHA-256 of the weights and of what decides how they are used."""

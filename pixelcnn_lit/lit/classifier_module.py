@@ -34,6 +34,7 @@ class ClassifierModule(Trainable):
     """
 
     TITLE = "classifier"
+    FIGURE = "accuracy"
     LOSS = "loss"
     MONITOR = ("val/accuracy", "max")
     IDENTITY = ("classifier",)
@@ -97,8 +98,11 @@ class ClassifierModule(Trainable):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         x, y = batch
         loss = F.cross_entropy(self(x), y)
-        self.log("train/loss_step", loss, prog_bar=True)
+        self.log("train/loss_step", loss.detach())
         return loss
+
+    def training_figures(self, loss: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         x, y = batch
@@ -124,7 +128,7 @@ class ClassifierModule(Trainable):
         self.confusion.reset()
         self.loss.reset()
         self.figures = figures | {f"{split}/images": int(self.counted.sum())}
-        self.log_dict(figures, prog_bar=True, sync_dist=True)
+        self.log_dict(figures, sync_dist=True)
 
     def stored(self) -> tuple[nn.Module, dict[str, Any]]:
         return self, dict(self.hparams)

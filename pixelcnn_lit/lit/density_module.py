@@ -10,7 +10,6 @@ from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import TRAINING
 from pixelcnn_lit.lit.metrics import MeanNats, share_buffers
 from pixelcnn_lit.lit.trainable import Trainable
-from pixelcnn_lit.nn.layers import checkpoint_blocks
 from pixelcnn_lit.optim.schedulers import optimization
 
 
@@ -25,6 +24,7 @@ class DensityModule(Trainable):
         compile: compile the training loss.
     """
 
+    FIGURE = "bpd"
     LOSS = "nll"
     MONITOR = ("val/nll", "min")
     IDENTITY = Density.IDENTITY
@@ -51,7 +51,7 @@ class DensityModule(Trainable):
         self.scheduler_config = scheduler
         if channels_last:
             density.to(memory_format=torch.channels_last)
-        if gradient_checkpointing and not checkpoint_blocks(density):
+        if gradient_checkpointing and not density.checkpoint_blocks():
             raise UserError(
                 "gradient_checkpointing=true: this network has no blocks that can be computed twice, as those with "
                 "BatchNorm cannot; type gradient_checkpointing=false"
@@ -65,8 +65,11 @@ class DensityModule(Trainable):
             hidden = torch.rand(y.shape, device=y.device) < self.density.label_dropout
             y = y.masked_fill(hidden, self.density.num_classes)
         nll = self.training_nats(x, y).mean() / self.density.dims
-        self.log("train/nll_step", nll, prog_bar=True)
+        self.log_dict({f"train/{name}_step": value for name, value in self.training_figures(nll.detach()).items()})
         return nll
+
+    def training_figures(self, loss: Tensor) -> dict[str, Tensor]:
+        return {"bpd": bits(loss), "nll": loss}
 
     def stored(self) -> tuple[nn.Module, dict[str, Any]]:
         return self.density, self.density.settings
@@ -105,7 +108,7 @@ class DensityModule(Trainable):
         figures: dict[str, Any] = {f"{split}/nll": nll, f"{split}/bpd": bits(nll)}
         if self.density.levels == 2:
             figures[f"{split}/nats_per_image"] = float(per_image)
-        self.log_dict(figures, prog_bar=True, sync_dist=True)  # every rank has the same by now
+        self.log_dict(figures, sync_dist=True)  # every rank has the same by now
         self.figures = figures | {f"{split}/images": int(images)}  # Lightning's log rounds to float32
         per_class_bpd = bits(per_class / self.density.dims)
         self.bpd_per_class = per_class_bpd.reshape(-1).tolist()  # torchmetrics squeezes that of one class

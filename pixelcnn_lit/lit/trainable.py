@@ -12,12 +12,14 @@ class Trainable(L.LightningModule):
     It is no `typing.Protocol`, since a Trainer takes a LightningModule, and no type says "both".
 
     Args:
+        FIGURE: the figure that runs are compared by, after "val/" and "test/".
         LOSS: how the loss of training and validation is logged, after "train/" and "val/".
         MONITOR: the figure whose best checkpoint is kept, and whether "min" or "max" is best.
         IDENTITY: the settings that a resumed run must share with its checkpoint, beside the facts of the data.
         figures: of the last validation or test, as result.json holds them, "val/images" among them.
     """
 
+    FIGURE: str
     LOSS: str
     MONITOR: tuple[str, str]
     IDENTITY: tuple[str, ...]
@@ -25,6 +27,10 @@ class Trainable(L.LightningModule):
 
     def stored(self) -> tuple[nn.Module, dict[str, Any]]:
         """Return what a checkpoint is to be loaded as, and the settings that make it."""
+        raise NotImplementedError
+
+    def training_figures(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return what is logged of a loss of training, after "train/"; the first of them is shown while it trains."""
         raise NotImplementedError
 
     def epoch_line(self, loss: float, figures: dict[str, Tensor]) -> str:

@@ -84,8 +84,8 @@ def _composed(name: str, choices: list[str]) -> Any:
         return None
 
 
-def _job(name: str, debug: bool, cfg: DictConfig) -> None:
-    """Check a composed config, and hand it to the command's main."""
+def _job(name: str, debug: bool, cfg: DictConfig) -> float | None:
+    """Check a composed config, and hand it to the command's main, whose score, if any, a sweeper may follow."""
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     print_what_can_be_printed()  # here, too: the workers of a sweep begin here
     if sweep:
@@ -102,7 +102,7 @@ def _job(name: str, debug: bool, cfg: DictConfig) -> None:
         check("", main, settings)
         keep_freed_memory()
         with _alone(sweep, debug), raise_on_signals():
-            main(**settings)
+            return main(**settings)
     except Exception as error:
         line = explain(error)
         with contextlib.suppress(OSError):
@@ -118,6 +118,7 @@ def _plain_settings(name: str, cfg: DictConfig) -> dict[str, Any]:
     """Return the settings as plain values. Raises UserError where a checkpoint that they name is not there."""
     with open_dict(cfg):
         del cfg["run_dir"]  # which is made by now: resolved once more, it would be another one
+        cfg.pop("run_name", None)  # is in it
     if name not in TRAINING:  # where the run of a checkpoint was looked for to compose run_dir
         _look_for_checkpoints(cfg)
     resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

@@ -17,14 +17,23 @@ from pixelcnn_lit.runs.run_dir import expanded, new_dir, relative, typed
 
 WEIGHTS = Path(__file__).parents[1] / "weights"  # those that the package ships with; README.md there tells of each
 CONFIG = "config.yaml"  # beside the checkpoints: all settings of the run
-NOT_SAVED = ("run_dir", "ckpt", "skip_completed", "debug")  # are typed for one command, and are no settings of the run
-MAY_CHANGE_ON_RESUME = ("trainer.", "callbacks.", "dataset.root", "dataset.path", "threads")
+NOT_SAVED = (
+    "run_dir",
+    "run_name",
+    "ckpt",
+    "skip_completed",
+    "debug",
+)  # are typed for one command, and are no settings of the run
+ELSEWHERE = ("path", "dir", "url", "uri", "host")  # in the name of a setting: where it is written to
+# Settings that runs of earlier releases did not have.
+SINCE_0_1_0 = {"logger": {"tensorboard": {"_target_": "lightning.pytorch.loggers.TensorBoardLogger"}}}
+MAY_CHANGE_ON_RESUME = ("trainer.", "callbacks.", "logger.", "dataset.root", "dataset.path", "threads")
 
 
-def run_of(ckpt: str | None, parent: str) -> str:
-    """Return the directory of the run that a checkpoint belongs to; without one, a new name inside `parent`."""
+def run_of(ckpt: str | None, parent: str, name: str | None) -> str:
+    """Return the directory of the run that a checkpoint belongs to; without one, of this or a new name in `parent`."""
     if ckpt is None:
-        return new_dir(parent)
+        return new_dir(parent) if name is None else f"{parent}/{name}"
     if ckpt == "last":
         raise UserError("ckpt=last: of which run? type run_dir=DIRECTORY too")
     path = Path(expanded(str(ckpt)))
@@ -111,17 +120,19 @@ def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
     """
     path = directory / CONFIG
     try:
-        saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        found: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        saved: dict[str, Any] = SINCE_0_1_0 | found
         before = _composed(saved["overrides"]) if changes else {}
         assert isinstance(saved["callbacks"], dict)
+        assert isinstance(saved["logger"], dict)
     except Exception as error:  # yaml and an untrusted contents have many
         raise UserError(
             f"{path}: damaged or not of this program ({first_line(error)}); it holds the settings"
         ) from error
-    for name, callback in saved["callbacks"].items():
-        for key, value in callback.items() if isinstance(callback, dict) else ():
-            if value and ("path" in key or "dir" in key or (key == "filename" and "/" in str(value))):
-                raise UserError(f"{path}: callbacks.{name} would write elsewhere; remove its {key}")
+    for key, value in flat({group: saved[group] for group in ("callbacks", "logger")}).items():
+        name = key.rpartition(".")[2]
+        if value and (any(word in name for word in ELSEWHERE) or (name == "filename" and "/" in str(value))):
+            raise UserError(f"{path}: {key} would write elsewhere; remove it")
     if changes:
         both = [*saved["overrides"], *changes]
         saved = _changed(saved, before, _composed(both), _composed(both, resolve=True))

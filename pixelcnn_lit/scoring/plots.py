@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from pixelcnn_lit.scoring.samples import SampleScores
 
 
-def show_confusion(counted: Tensor, class_names: list[str], path: Path, trainer: L.Trainer | None = None) -> Path:
-    """A confusion matrix [class, class that it was taken for] as PNG, each row as shares, and to TensorBoard."""
+def show_confusion(counted: Tensor, class_names: list[str], path: Path) -> Path:
+    """A confusion matrix [class, class that it was taken for] as PNG, each row as shares."""
     shares = (counted / counted.sum(1, keepdim=True).clamp_min(1)).cpu()
     n = len(class_names)
     figure = Figure(figsize=(2 + 0.5 * n, 1.5 + 0.5 * n), layout="constrained")
@@ -26,9 +24,6 @@ def show_confusion(counted: Tensor, class_names: list[str], path: Path, trainer:
             share = float(shares[row, column])
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color="w" if share > 0.5 else "k")
     figure.savefig(path)
-    if trainer and isinstance(trainer.logger, TensorBoardLogger):
-        trainer.logger.experiment.add_figure("confusion", figure, trainer.global_step)
-        trainer.logger.experiment.flush()  # the run is over: nobody else will
     return path
 
 

@@ -1,4 +1,4 @@
-"""Callbacks beside training: throughput, guards, a line an epoch, hyperparameters in TensorBoard."""
+"""Callbacks beside training: throughput, guards, a line an epoch, settings and figures for the loggers."""
 
 import math
 import time
@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
@@ -18,6 +17,8 @@ from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.runs.lightning_internals import validates_by_the_clock
 from pixelcnn_lit.runs.run_dir import relative, seconds_so_far
 from pixelcnn_lit.runs.saved import flat, last_checkpoint
+from pixelcnn_lit.training.loggers import log_settings
+from pixelcnn_lit.training.trainer import counted_epoch
 
 
 def trained(module: L.LightningModule) -> Trainable:
@@ -156,7 +157,8 @@ class TrainingLoss(Callback):
         return total / batches if batches else math.nan
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.log(f"train/{trained(pl_module).LOSS}", self.mean(), sync_dist=True)
+        figures = trained(pl_module).training_figures(torch.tensor(self.mean()))
+        pl_module.log_dict({f"train/{name}": value for name, value in figures.items()}, sync_dist=True)
 
 
 class KeepFigures(Callback):
@@ -170,7 +172,7 @@ class KeepFigures(Callback):
 
 
 class EpochLine(Callback):
-    """One printed line an epoch, for logs and pipes, where no progress bar is."""
+    """One line an epoch, which stays above the progress bar where there is one."""
 
     def __init__(self, loss: TrainingLoss) -> None:
         self.loss = loss
@@ -178,31 +180,38 @@ class EpochLine(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         figures = trainer.callback_metrics  # in every process: where it is a mean over them, all wait for all
         if trainer.is_global_zero:
-            last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-            where = f"epoch {trainer.current_epoch + 1}{last}, step {trainer.global_step}"
-            print(f"{where}: {trained(pl_module).epoch_line(self.loss.mean(), figures)}", flush=True)
+            where = f"epoch {counted_epoch(trainer)}, step {trainer.global_step}"
+            line = f"{where}: {trained(pl_module).epoch_line(self.loss.mean(), figures)}"
+            if bar := trainer.progress_bar_callback:
+                bar.print(line)
+            else:
+                print(line, flush=True)
 
 
-class HParams(Callback):
-    """TensorBoard's HPARAMS page: settings as flat keys, beside the best figure so far, as the module names it."""
+class ShowSettings(Callback):
+    """Show the settings of a run wherever it is logged, and the best figure so far, as the module names it.
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
+    Args:
+        settings: all of them. overrides: those that were typed, which are shown first: a sweep varies some of them.
+    """
+
+    def __init__(self, settings: dict[str, Any], overrides: list[str]) -> None:
+        typed = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+        every = {key: value for key, value in flat(settings).items() if value != {}}
+        ordered = {key: every.pop(key, value) for key, value in typed.items()} | every
+        self.settings = {
+            key: value if isinstance(value, int | float | bool | str) else str(value) for key, value in ordered.items()
+        }
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(trainer.logger, TensorBoardLogger):
-            shown = {
-                key: value if isinstance(value, int | float | bool | str) else str(value)
-                for key, value in flat(self.settings).items()
-                if value != {}
-            }
-            trainer.logger.log_hyperparams(shown, trained(pl_module).best_figure(float("nan")))
+        module = trained(pl_module)
+        log_settings(trainer, self.settings, [*module.best_figure(0.0), f"test/{module.FIGURE}"])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = trainer.checkpoint_callback
-        if trainer.logger and isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
-            trainer.logger.log_metrics(
-                trained(pl_module).best_figure(float(best.best_model_score)), trainer.global_step - 1
-            )
+        if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
+            figure = trained(pl_module).best_figure(float(best.best_model_score))
+            for logger in trainer.loggers:
+                logger.log_metrics(figure, trainer.global_step - 1)
 
     on_fit_end = on_train_epoch_end  # the last score is in by now

@@ -1,7 +1,6 @@
 """Fitting a module in a run: what is best and what is last is kept, and its result."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +11,11 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
     LearningRateFinder,
+    LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
     WeightAveraging,
 )
-from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -31,14 +30,15 @@ from pixelcnn_lit.runs.machine import step_work
 from pixelcnn_lit.runs.saved import CONFIG, last_checkpoint
 from pixelcnn_lit.training.callbacks import (
     EpochLine,
-    HParams,
     KeepFigures,
+    ShowSettings,
     StopOnNaN,
     Throughput,
     TrainingLoss,
     ValidateAtMaxSteps,
 )
 from pixelcnn_lit.training.checkpoint_io import AtomicCheckpointIO
+from pixelcnn_lit.training.loggers import close_loggers, make_loggers, with_run_ids
 from pixelcnn_lit.training.resume import SeedEveryStep
 from pixelcnn_lit.training.run import Run
 from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_threads
@@ -82,8 +82,13 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     saved_with = hparams | extra_config
     if not len(data.validation):
         saved_with |= without_validation(saved_with)
-    extras = [build_callback(name, own) for name, own in saved_with["callbacks"].items()]
+    saved_with["logger"] = with_run_ids(saved_with["logger"])
+    extras = [build_callback(name, own, run.directory) for name, own in saved_with["callbacks"].items()]
+    if not saved_with["logger"]:  # which this one refuses to do without
+        extras = [callback for callback in extras if not isinstance(callback, LearningRateMonitor)]
     saved = load_resume_state(str(run.start), module, data, extras) if run.start else {}
+    loggers = make_loggers(saved_with["logger"], run.directory, saved.get("global_step"))
+    run.closing.callback(close_loggers, loggers)
     begun = SaveConfig(run.directory, saved_with)
     throughput = Throughput()
     loss = TrainingLoss()
@@ -92,18 +97,16 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         StopOnNaN(),
         throughput,
         loss,
-        HParams(hparams),
+        ShowSettings(hparams, saved_with["overrides"]),
         ValidateAtMaxSteps(),
         KeepFigures(),
+        EpochLine(loss),
         begun,
     ]
     trainer = make_trainer(
         saved_with["trainer"],
-        callbacks=[*extras, *always, *([] if sys.stdout.isatty() else [EpochLine(loss)])],
-        # purge_step: TensorBoard forgets what the run wrote after its last checkpoint
-        logger=TensorBoardLogger(
-            run.directory, name="", version="", default_hp_metric=False, purge_step=saved.get("global_step")
-        ),
+        callbacks=[*extras, *always],
+        logger=loggers,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.directory,
     )
@@ -122,8 +125,8 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     return Fitted(trainer, best, read_checkpoint(best)["scored"], throughput, extras)
 
 
-def build_callback(name: str, config: dict[str, Any]) -> Callback:
-    """A callback of the config. Raises UserError for those of Lightning's own that fit no module here."""
+def build_callback(name: str, config: dict[str, Any], directory: Path) -> Callback:
+    """A callback of the config, of a run in `directory`. Raises UserError for those that fit no module here."""
     built = build(f"callbacks.{name}", config, Callback)
     unfit = {
         BatchSizeFinder: "trains before the run begins; type a sweep: -m dataset.batch_size=64,128",
@@ -133,6 +136,8 @@ def build_callback(name: str, config: dict[str, Any]) -> Callback:
     }
     if type(built) in unfit:
         raise UserError(f"callbacks.{name}: {type(built).__name__} {unfit[type(built)]}")
+    if isinstance(built, ModelCheckpoint) and built.dirpath is None:
+        built.dirpath = str(directory / "checkpoints")  # and not where the first logger would have it
     return built
 
 

@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,27 +26,37 @@ class Run:
     Args:
         start: the checkpoint that it is resumed from; None of a new one.
         settings: its own: those that were saved, where it is resumed.
+        closing: what is to be done when it closes, however it ends.
     """
 
     directory: Path
     start: Path | None
     settings: dict[str, Any]
+    closing: ExitStack
 
 
 def train_in_a_run(
-    train: Callable[..., None], ckpt: str | None, skip_completed: bool, settings: dict[str, Any]
-) -> None:
+    train: Callable[..., dict[str, Any] | None],
+    ckpt: str | None,
+    skip_completed: bool,
+    settings: dict[str, Any],
+    score: str,
+) -> float | None:
     """Call `train` with a run and its settings: a new one, or one that is resumed; or do nothing where it is completed.
 
+    Returns the score of its result, for a sweeper to follow; None where it is not scored, or not by this process.
+
     Args:
+        train: returns the result of a run, in the first of its processes.
         ckpt: to resume from: see `find_resume_checkpoint`.
         skip_completed: leave alone what has left its result, and resume what was interrupted.
     """
-    if skip_completed and completed():
-        return
+    if skip_completed and (before := completed_result()):
+        return before.get(score)
     with open_run(ckpt, settings, or_anew=skip_completed) as run:
         check("", train, run.settings, known=["run"])
-        train(run, **run.settings)
+        result = train(run, **run.settings)
+    return result.get(score) if result else None
 
 
 @contextmanager
@@ -61,26 +71,26 @@ def open_run(ckpt: str | None, settings: dict[str, Any], or_anew: bool) -> Itera
     with lock(directory) if rank_zero_only.rank == 0 else nullcontext():  # pyright: ignore[reportFunctionMemberAccess]
         start = find_resume_checkpoint(directory, ckpt, or_anew)
         new = {"scheduler": None, **settings, "overrides": typed}
-        run = Run(directory, start, saved_settings(directory, typed) if start else new)
+        settings = saved_settings(directory, typed) if start else new
         try:
-            yield run
+            with ExitStack() as closing:
+                yield Run(directory, start, settings, closing)
         except Stopped:
             print_resume_command(directory)
             raise
 
 
-def completed() -> bool:
-    """Return whether the very run that is typed has left its result. Raises UserError if another has."""
+def completed_result() -> dict[str, Any] | None:
+    """Return the result that the very run that is typed has left, if any. Raises UserError if another has."""
     directory, typed = run_dir(), typed_settings()
     if not (directory / "result.json").is_file():
-        return False
-    before = json.loads((directory / "result.json").read_bytes())["overrides"]
-    if set(before) != set(typed):
-        raise UserError(
-            f"run_dir={relative(directory)}: completed with {shlex.join(before)}; type that, or another run_dir"
-        )
+        return None
+    result = json.loads((directory / "result.json").read_bytes())
+    if set(result["overrides"]) != set(typed):
+        before = shlex.join(result["overrides"])
+        raise UserError(f"run_dir={relative(directory)}: completed with {before}; type that, or another run_dir")
     print(f"{relative(directory)}: completed before, left alone")
-    return True
+    return result
 
 
 @rank_zero_only

@@ -5,20 +5,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
+import torch
 from annotated_types import Ge
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from pixelcnn_lit.config.build import inspect_config
 from pixelcnn_lit.data.datamodule import ImageData
-from pixelcnn_lit.data.grids import grid, save
+from pixelcnn_lit.data.grids import as_rgb, grid, heat, save, tiled
 from pixelcnn_lit.data.images import first_of_each_class
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.machine import chosen_threads
 from pixelcnn_lit.runs.signals import Stopped, stop_if_noted
+from pixelcnn_lit.training.loggers import log_picture
+
+PAIRS = 2  # images of each class beside maps of their bits
+BATCH = 64  # images that are scored at a time
 
 
 def density_of(module: L.LightningModule) -> Density:
@@ -28,7 +32,9 @@ def density_of(module: L.LightningModule) -> Density:
 
 
 class SampleGrid(Callback):
-    """Draw class-conditional samples after validation, a row a class, as PNG and to TensorBoard, real images beside.
+    """Draw class-conditional samples after validation, a row a class, as PNG and for the loggers.
+
+    Beside them real images, and of some validation images where their bits are spent.
 
     The noise is the sampler's own, so the random stream of training is not touched; the weights are those that were
     validated (averaged ones, where this callback stands before EMA), and those of training where nothing is validated.
@@ -72,12 +78,28 @@ class SampleGrid(Callback):
         density.to(trainer.strategy.root_device)
         own = {"watch": lambda images: stop_if_noted(), "progress": trainer.progress_bar_callback is not None}
         images = density.draw(self.sampler, threads=self.threads, **own)
+        self._show_bits(trainer, density)
         return self._show(trainer, "samples", grid(images, density.levels, density.called(density.classes)))
+
+    def _show_bits(self, trainer: L.Trainer, density: Density) -> None:
+        """Show some validation images, and where their bits are spent beside each."""
+        data: ImageData = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        split = data.validation if len(data.validation) else data.test
+        images = first_of_each_class(split, density.num_classes, PAIRS)  # [K,n,C,H,W]
+        x = images.flatten(0, 1)
+        y = torch.arange(len(images)).repeat_interleave(PAIRS)
+        batches = zip(x.split(BATCH), y.split(BATCH), strict=True)
+        bits = torch.cat([density.bits_per_pixel(*batch).cpu() for batch in batches]).view(
+            *images.shape[:2], *x.shape[-2:]
+        )
+        there = torch.arange(PAIRS) < torch.bincount(split.y, minlength=density.num_classes)[:, None]  # [K,n]
+        maps = heat(bits * there[:, :, None, None])
+        pairs = torch.stack([as_rgb(images, density.levels), maps], dim=2).flatten(1, 2)
+        self._show(trainer, "bits_per_pixel", tiled(pairs, density.class_names))
 
     @staticmethod
     def _show(trainer: L.Trainer, name: str, picture: Tensor) -> Path:
         path = Path(trainer.default_root_dir) / f"{name}.png"
         save(picture, path)
-        if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_image(name, picture, trainer.global_step)
+        log_picture(trainer, name, picture)
         return path

@@ -50,7 +50,7 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
     if settings.get("enable_progress_bar") is None:
         settings["enable_progress_bar"] = sys.stdout.isatty()
     if settings["enable_progress_bar"] and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-        callbacks = [*callbacks, TimedProgressBar()]
+        callbacks = [*callbacks, OneLine()]
     own = {**extra, "use_distributed_sampler": False, "enable_model_summary": False, "barebones": False}
     own["callbacks"] = [*callbacks, EndWaitingProcesses()]
     for key in own.keys() & settings.keys():
@@ -117,16 +117,53 @@ def require_batches(trainer: L.Trainer, name: str, n_images: int, batch_size: in
         raise UserError(f"trainer.{flag}={limit:g}: leaves none of {batches} batches to score; type 1.0 or a number")
 
 
-class TimedProgressBar(TQDMProgressBar):
-    """Lightning's bars; where trainer.max_time ends the run, the time to go is that of the clock, not of the epoch."""
+def counted_epoch(trainer: L.Trainer) -> str:
+    """Return which epoch it is, of how many: "3/7", or "3" where the clock or the steps end the run."""
+    last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+    return f"{trainer.current_epoch + 1}{last}"
+
+
+class OneLine(TQDMProgressBar):
+    """Lightning's bars on one line of 80 columns, which is empty when training ends, however it does.
+
+    Validation takes the line of training for its time. Where trainer.max_time ends the run, the time to go is that of
+    the clock, not of the epoch.
+    """
 
     def init_train_tqdm(self) -> Any:
         bar = super().init_train_tqdm()
+        bar.leave = False
         if clocks(self.trainer):
             bar.bar_format = self.BAR_FORMAT.replace("<{remaining}", "")
         return bar
 
+    def init_validation_tqdm(self) -> Any:
+        bar = super().init_validation_tqdm()
+        bar.pos = 0
+        return bar
+
+    def init_test_tqdm(self) -> Any:
+        bar = super().init_test_tqdm()
+        bar.leave = False
+        return bar
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(f"epoch {counted_epoch(trainer)}")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        for bar in (self._val_progress_bar, self._train_progress_bar, self._test_progress_bar):
+            if bar is not None:
+                bar.leave = False
+                bar.close()
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict]:
+        shown: dict[str, int | str | float | dict] = {}
         left = [max(0, round(seconds)) for _, seconds in clocks(trainer)]  # the last step ends after its time
-        clock = {"left": str(timedelta(seconds=min(left)))} if left else {}
-        return clock | super().get_metrics(trainer, pl_module)
+        if left:
+            shown["left"] = str(timedelta(seconds=min(left)))
+        for key, value in trainer.callback_metrics.items():
+            if key.endswith("_step"):
+                shown[key.split("/")[1].removesuffix("_step")] = f"{float(value):.3f}"
+                break  # there is room for one
+        return shown
