@@ -1,4 +1,4 @@
-"""The table of a sweep, best first: python -m pixelcnn_lit.summarize DIRECTORY"""
+"""The table and the curves of a sweep, best first: python -m pixelcnn_lit.summarize DIRECTORY"""
 
 import json
 import shlex
@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.saved import CONFIG
 from pixelcnn_lit.runs.terminal import print_what_can_be_printed
 
@@ -20,18 +21,23 @@ def main() -> None:
     print_what_can_be_printed()
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit("error: type python -m pixelcnn_lit.summarize DIRECTORY, the directory of a sweep (or of many runs)")
-    jobs = sorted(
-        path.parent.parent for path in Path(sys.argv[1]).rglob("hydra/hydra.yaml") if _trains(path.parent.parent)
-    )
-    if not jobs:
+    if not summarize(Path(sys.argv[1])):
         sys.exit(f"error: {sys.argv[1]}: no runs in it")
+
+
+def summarize(directory: Path) -> bool:
+    """Print the table of the runs in a directory, and draw their curves; returns whether there are any."""
+    jobs = sorted(path.parent.parent for path in directory.rglob("hydra/hydra.yaml") if _trains(path.parent.parent))
     done = {job: json.loads((job / "result.json").read_bytes()) for job in jobs if (job / "result.json").is_file()}
     for figure in FIGURES:
-        _table({job: result for job, result in done.items() if f"test/{figure}" in result}, figure)
+        scored = {job: result for job, result in done.items() if f"test/{figure}" in result}
+        _table(scored, figure)
+        _curves(scored, figure, directory)
     for job in jobs:
         if job not in done:
             overrides = shlex.join(_typed(job))
             print(f"{'failed':>19}  {job}: {overrides}\n{'':>19}  {_reason(job)}")
+    return bool(jobs)
 
 
 def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
@@ -54,6 +60,22 @@ def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
             print(label)
         cells = (_cell(result.get(column, "-")) for column in columns)
         print(*(f"{cell:>19}" for cell in cells), f"  {job}: {shlex.join(result['overrides'])}", sep="")
+
+
+def _curves(done: dict[Path, dict[str, Any]], figure: str, directory: Path) -> None:
+    """Draw the validations of runs over the images that each had been trained on, beside their table."""
+    alike = set.intersection(*(set(result["overrides"]) for result in done.values())) if done else set()
+    lines = {}
+    for job, result in done.items():
+        own = [override for override in result["overrides"] if override not in alike]
+        points = [(each["images"], each[f"val/{figure}"]) for each in result.get("history", [])]
+        if points:
+            lines[f"{job.relative_to(directory)}: {shlex.join(own)}"] = points
+    if lines:
+        from pixelcnn_lit.scoring.plots import show_lines  # not above: a table alone needs no matplotlib
+
+        path = show_lines(lines, "images of training", f"val/{figure}", directory / f"curves_{figure}.png")
+        print(f"curves: {relative(path)}")
 
 
 def _trains(job: Path) -> bool:

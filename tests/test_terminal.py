@@ -290,9 +290,10 @@ def test_a_run_by_the_clock_shows_how_much_of_it_is_left_and_all_that_is_waited_
     monkeypatch.setattr(sys, "stdout", screen)
     command("train", *by_the_clock, f"run_dir={tmp_path}/a")
     bars = screen.text().split("\r")
-    training = [bar for bar in bars if bar.startswith("Epoch 0") and "nll_step" in bar]
+    training = [bar for bar in bars if bar.startswith("epoch 1") and "bpd=" in bar]
     assert training
     assert all("left=0:00:0" in bar and "<" not in bar for bar in training)
+    assert all(len(line) < 80 for line in screen.text().replace("\r", "\n").splitlines() if "%" in line)
     for what in ("Validation", "Testing", "drawing"):
         assert any(bar.lstrip("\n").startswith(what) for bar in bars), what
     log = Screen()
@@ -313,9 +314,11 @@ def test_a_run_by_epochs_shows_when_an_epoch_ends(tmp_path, monkeypatch):
     screen = Screen(terminal=True)
     monkeypatch.setattr(sys, "stdout", screen)
     command("train", *FEW, f"run_dir={tmp_path}")
-    training = [bar for bar in screen.text().split("\r") if "nll_step" in bar]
+    training = [bar for bar in screen.text().split("\r") if "bpd=" in bar]
     assert training
     assert all("left=" not in bar and "<00:00" in bar for bar in training)
+    lines = [line for line in re.split("[\r\n]", screen.text()) if line.startswith("epoch 1/1, step")]
+    assert len(lines) == 1, "a line an epoch stays above the bar"
 
 
 @pytest.mark.long

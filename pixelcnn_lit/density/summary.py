@@ -7,15 +7,15 @@ from pixelcnn_lit.density.density import Density
 
 
 def summary(density: Density) -> str:
-    """Return its parameters, the receptive field of the pixel in the middle, and the cost of a forward pass."""
+    """Return its parameters, the cost of a forward pass, and the receptive field of the pixel in the middle."""
     name = type(density.network).__name__
     parameters = sum(p.numel() for p in density.parameters())
     _, height, width = density.image_shape
     i, j = height // 2, width // 2
     seen = int(density.network.receptive_field(i, j).sum())
     return (
-        f"{name}: {parameters:,} parameters; the pixel in the middle sees {seen} of the {i * width + j} before it; "
-        f"{flops(density) / 1e9:.3g} GFLOP an image"
+        f"{name}: {parameters:,} parameters, {flops(density) / 1e9:.3g} GFLOP an image, "
+        f"sees {seen} of {i * width + j} pixels before"
     )
 
 

@@ -5,6 +5,7 @@ import functools
 import gc
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,9 +23,10 @@ from pixelcnn_lit.config.errors import explain
 from pixelcnn_lit.config.quoting import quoted, uninterpolated
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.memory import keep_freed_memory
-from pixelcnn_lit.runs.run_dir import expanded, run_dir, start_clock, typed
+from pixelcnn_lit.runs.run_dir import expanded, relative, run_dir, start_clock, typed
 from pixelcnn_lit.runs.saved import checkpoint_file
 from pixelcnn_lit.runs.signals import raise_on_signals
+from pixelcnn_lit.runs.sweep import sweep_directory
 from pixelcnn_lit.runs.terminal import print_what_can_be_printed
 
 _PACKAGE = Path(__file__).parents[1]
@@ -52,10 +54,21 @@ def run(name: str) -> None:
         with patch.dict(os.environ, {FULL_ERROR: "1"}):
             main()
     except Exception as error:
+        _end_sweep(name)
         line = explain(error, functools.partial(_settings, name))
         if debug or line is None:
             raise
         sys.exit(f"error: {line}")
+    _end_sweep(name)
+
+
+def _end_sweep(name: str) -> None:
+    """Print the table of a sweep of training runs, if this was one."""
+    directory = sweep_directory()
+    if directory and name in TRAINING:
+        again = shlex.join(["python", "-m", "pixelcnn_lit.summarize", relative(directory)])
+        print(f"\nthe sweep lies in {relative(directory)}; its table again: {again}")
+        _imported("summarize").summarize(directory)
 
 
 def _home_in_quotes(word: str) -> str:

@@ -40,6 +40,18 @@ def show_histogram(bpd: dict[str, Tensor], path: Path) -> Path:
     return path
 
 
+def show_lines(lines: dict[str, list[tuple[float, float]]], x: str, y: str, path: Path) -> Path:
+    """Lines of points (x, y), by name, as PNG."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), ".-", label=name)
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+    return path
+
+
 def show_curve(points: dict[str, dict[str, Any]], scores: dict[str, SampleScores], real: str, path: Path) -> Path:
     """Consistency over diversity as PNG: a line of temperatures for each guidance scale, and a star for real images.
 

@@ -162,7 +162,26 @@ class TrainingLoss(Callback):
 
 
 class KeepFigures(Callback):
-    """Keep the figures of the last validation in checkpoints: "scored"."""
+    """Keep the figures of the last validation in checkpoints, "scored", and the course of all of them.
+
+    history: of each validation, after how many steps and images of training, and its score.
+    """
+
+    def __init__(self, throughput: Throughput) -> None:
+        self.throughput = throughput
+        self.history: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            score = f"val/{trained(pl_module).FIGURE}"
+            passed = {"step": trainer.global_step, "images": self.throughput.images}
+            self.history = [*self.history, passed | {score: trained(pl_module).figures[score]}]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["scored"] = trained(pl_module).figures

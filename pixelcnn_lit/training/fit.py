@@ -47,12 +47,14 @@ from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_
 class Fitted(NamedTuple):
     """The outcome of training.
 
-    scored: the validation figures of the best checkpoint, if there are any. extras: the callbacks of the config.
+    scored: the validation figures of the best checkpoint, if there are any. history: see `KeepFigures`.
+    extras: the callbacks of the config.
     """
 
     trainer: L.Trainer
     best_checkpoint: str
     scored: dict[str, float]
+    history: list[dict[str, float]]
     throughput: Throughput
     extras: list[Callback]
 
@@ -67,6 +69,7 @@ class Fitted(NamedTuple):
             "images_per_second": self.throughput.images_per_second,
             "precision": self.trainer.precision,
             "checkpoint": self.best_checkpoint,
+            "history": self.history,
         }
 
 
@@ -91,6 +94,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     run.closing.callback(close_loggers, loggers)
     begun = SaveConfig(run.directory, saved_with)
     throughput = Throughput()
+    kept = KeepFigures(throughput)
     loss = TrainingLoss()
     always = [
         SeedEveryStep(hparams["seed"]),
@@ -99,7 +103,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         loss,
         ShowSettings(hparams, saved_with["overrides"]),
         ValidateAtMaxSteps(),
-        KeepFigures(),
+        kept,
         EpochLine(loss),
         begun,
     ]
@@ -122,7 +126,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
             raise UserError(f"ckpt={run.start}: cannot be resumed from ({first_line(error)})") from error
         raise
     best = best_weights(trainer, run, data)
-    return Fitted(trainer, best, read_checkpoint(best)["scored"], throughput, extras)
+    return Fitted(trainer, best, read_checkpoint(best)["scored"], kept.history, throughput, extras)
 
 
 def build_callback(name: str, config: dict[str, Any], directory: Path) -> Callback:

@@ -4,7 +4,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Run:
     directory: Path
     start: Path | None
     settings: dict[str, Any]
-    closing: ExitStack
+    closing: ExitStack = field(default_factory=ExitStack)
 
 
 def train_in_a_run(

@@ -1,6 +1,7 @@
 """The Lightning Trainer of a config, and what it takes of the CPU."""
 
 import logging
+import shutil
 import signal
 import sys
 import warnings
@@ -123,6 +124,15 @@ def counted_epoch(trainer: L.Trainer) -> str:
     return f"{trainer.current_epoch + 1}{last}"
 
 
+def _cleared(bar: Any) -> Any:
+    """Let a bar leave nothing behind, and leave room for the ^C that a terminal shows, which would break its line."""
+    bar.clear()  # it was drawn as it was made
+    bar.leave = False
+    if bar.dynamic_ncols:
+        bar.dynamic_ncols = lambda _: (shutil.get_terminal_size().columns - 3, None)
+    return bar
+
+
 class OneLine(TQDMProgressBar):
     """Lightning's bars on one line of 80 columns, which is empty when training ends, however it does.
 
@@ -131,21 +141,18 @@ class OneLine(TQDMProgressBar):
     """
 
     def init_train_tqdm(self) -> Any:
-        bar = super().init_train_tqdm()
-        bar.leave = False
+        bar = _cleared(super().init_train_tqdm())
         if clocks(self.trainer):
             bar.bar_format = self.BAR_FORMAT.replace("<{remaining}", "")
         return bar
 
     def init_validation_tqdm(self) -> Any:
-        bar = super().init_validation_tqdm()
+        bar = _cleared(super().init_validation_tqdm())
         bar.pos = 0
         return bar
 
     def init_test_tqdm(self) -> Any:
-        bar = super().init_test_tqdm()
-        bar.leave = False
-        return bar
+        return _cleared(super().init_test_tqdm())
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
@@ -153,9 +160,9 @@ class OneLine(TQDMProgressBar):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         for bar in (self._val_progress_bar, self._train_progress_bar, self._test_progress_bar):
-            if bar is not None:
-                bar.leave = False
+            if bar is not None and not bar.disable:
                 bar.close()
+                print("\r\x1b[K", end="", flush=True)  # and the ^C beside it
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict]:
         shown: dict[str, int | str | float | dict] = {}
