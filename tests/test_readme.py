@@ -1,4 +1,4 @@
-"""What the README shows is real: its examples keep the laws, its commands compose, its pictures are there."""
+"""What the pages show is real: their commands compose, their code runs, their links and pictures are there."""
 
 import doctest
 import importlib
@@ -9,8 +9,10 @@ import shlex
 import shutil
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -20,54 +22,81 @@ from torch import nn
 from pixelcnn_lit.config.build import inspect_config
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.runs.command import CONF
-from pixelcnn_lit.runs.saved import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("conf", "notebooks", "pixelcnn_lit", "tests")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md"))))
+}
+README = PAGES["README.md"]
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+
+
+# Files that models/README.md shows: their path between backticks, a colon, the file.
+SHOWN = re.findall(
+    r"`((?:pixelcnn_lit|conf)/[\w/]+\.\w+)`:\n\n```\w+\n(.*?)```",
+    PAGES["pixelcnn_lit/models/README.md"],
+    re.DOTALL,
+)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 250
 
 
 def name_of(experiment: Path) -> str:
-    """What is typed for it: mnist/race/pixelcnn."""
+    """The name by which it is chosen: mnist/race/pixelcnn."""
     return experiment.relative_to(CONF / "experiment").with_suffix("").as_posix()
 
 
 EXPERIMENTS = sorted((CONF / "experiment").rglob("*.yaml"))
+# The Hydra mains as they are run: `python -m pixelcnn_lit.train ...`, `pixelcnn train ...`.
+MAINS = "|".join(path.stem for path in CONF.glob("*.yaml") if path.stem not in ("job", "dataset_options"))
+SHOWN_COMMAND = re.compile(rf"(?:-m pixelcnn_lit\.|(?:^|`|&& )pixelcnn )((?:{MAINS})\b(?! -sc)[^`\n]*)", re.MULTILINE)
 
 
 def commands(text: str) -> list[str]:
-    """Every `python -m pixelcnn_lit.X ...` in a text, X a Hydra main, also where it is wrapped between backticks."""
+    """Every command in a text whose main is Hydra's, also where it is wrapped between backticks or by a backslash."""
+    text = text.replace("\\\n", " ")
     text = re.sub(r"`[^`\n]+\n[^`\n]+`", lambda wrapped: wrapped[0].replace("\n", " "), text)
-    return re.findall(r"python -m pixelcnn_lit\.(?!summarize)([^`\n#]+)", text)
+    return [command.partition(" #")[0] for command in SHOWN_COMMAND.findall(text)]
 
 
 def jobs(overrides: list[str]) -> list[tuple[str, ...]]:
-    """What a command composes: one job, or those of a sweep."""
+    """What a command composes: one job, or those of a sweep; of a range to search, its lower end."""
     if "-m" not in overrides:
         return [tuple(overrides)]
-    typed = [override.partition("=") for override in overrides if override != "-m"]
-    return list(product(*([f"{key}{sign}{value}" for value in values.split(",")] for key, sign, values in typed)))
+    sweep = [override for override in overrides if not override.startswith(("-m", "hydra/sweeper", "hydra.sweeper"))]
+    varied = [re.sub(r"interval\(([^,]+),[^)]*\)", r"\1", override).partition("=") for override in sweep]
+    return list(product(*([f"{key}{sign}{value}" for value in values.split(",")] for key, sign, values in varied)))
 
 
-SHOWN_COMMANDS = [
-    *commands(README),
-    *commands((WEIGHTS / "README.md").read_text(encoding="utf-8")),
-    *(command for experiment in EXPERIMENTS for command in commands(experiment.read_text(encoding="utf-8"))),
-    *(f"train {overrides}" for overrides in re.findall(r"^\| `(experiment=[^`]+)`", README, re.MULTILINE)),
-]
-COMMANDS = sorted({command.strip() for command in SHOWN_COMMANDS})
+YAMLS = [path.read_text(encoding="utf-8") for path in sorted(CONF.rglob("*.yaml"))]
+COMMANDS = sorted({command.strip() for text in (*PAGES.values(), *YAMLS) for command in commands(text)})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_that_we_show_composes(command):
-    name, *overrides = shlex.split(command)
+    name, *words = shlex.split(command.replace(" --cfg job", "").replace(" --help", ""))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for job in jobs(overrides):
+        for job in jobs(words):
             cfg = compose(name, list(job))
             if name == "train":  # a recipe may inherit what its network has no such setting for
                 network: Any = OmegaConf.to_container(cfg.model, resolve=True)
                 del network["embedding"]
                 facts = ("image_size", "in_channels", "num_classes", "out_channels")
                 inspect_config("model", network, nn.Module, facts)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_of_a_group_that_a_page_names_exists(page):
+    """As in `experiment=mnist/cpu` or `dataset=npz`, with what follows in the same backticks."""
+    named = re.findall(r"(?<=[` ])([a-z_]+)=([\w/]+)", PAGES[page])
+    shown = [path for path, _ in SHOWN]
+    for group, name in named:
+        option = CONF / group / f"{name}.yaml"
+        assert not (CONF / group).is_dir() or option.is_file() or f"conf/{group}/{name}.yaml" in shown, option
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
@@ -77,8 +106,6 @@ def test_an_experiment_opens_with_its_own_command(path):
     assert second.startswith(f"# python -m pixelcnn_lit.train experiment={name_of(path)}")
 
 
-# Files that the README shows: their path between backticks, a colon, the file.
-SHOWN = re.findall(r"`((?:pixelcnn_lit|conf)/[\w/]+\.\w+)`[^\n]*:\n\n```\w+\n(.*?)```", README, re.DOTALL)
 IN_A_CHECKOUT = """
 import sys, pytest
 from helpers import command
@@ -90,7 +117,7 @@ sys.exit(pytest.main(["tests/test_laws.py", "tests/test_samplers.py", "-k", "row
 
 
 @pytest.mark.long
-def test_what_the_readme_shows_is_put_into_a_checkout_unedited_and_keeps_the_laws(tmp_path, children):
+def test_the_files_that_a_page_shows_are_put_into_a_checkout_unedited_and_keep_the_laws(tmp_path, children):
     for part in ("conf", "pixelcnn_lit"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("weights", "__pycache__"))
     (tmp_path / "tests").mkdir()
@@ -107,17 +134,37 @@ def test_what_the_readme_shows_is_put_into_a_checkout_unedited_and_keeps_the_law
     assert int(re.search(r"(\d+) passed", done.output())[1]) > 20
 
 
-def test_the_pictures_of_the_readme_are_there():
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
-    assert pictures
-    assert all((ROOT / picture).is_file() for picture in pictures)
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_test_that_the_readme_names_exists():
-    named = set(re.findall(r"\| `(test_\w+)`", README))
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pictures_and_links_of_a_page_lead_somewhere(page):
+    text = re.sub(r"`[^`\n]+`", "", FENCED.sub("", PAGES[page]))  # a link's text may be code, its target is none
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    for target in targets:
+        assert "://" not in target, f"{target}: readable without a network"
+        file, _, anchor = target.partition("#")
+        there = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        assert there.exists(), target
+        if anchor:
+            assert anchor in anchors(PAGES[there.relative_to(ROOT).as_posix()]), target
+
+
+def test_pages_are_found_and_show_pictures():
+    assert {"pixelcnn_lit/README.md", "conf/experiment/README.md", "tests/README.md"} < set(PAGES)
+    assert len(re.findall(r"!\[", README)) == 3
+    assert len(COMMANDS) > 60
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_page_names_exists(page):
+    named = set(re.findall(r"`(test_(?!images|labels)\w+)`", PAGES[page]))
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
-    assert len(named) > 5
-    assert all(f"def {name}" in sources for name in named), named
+    assert all(f"def {name}(" in sources for name in named), named
+    assert len(named) > 10 or page != "tests/README.md"
 
 
 PACKAGE = ROOT / "pixelcnn_lit"
@@ -172,13 +219,33 @@ def test_the_public_api_does_what_its_page_says():
         model.sample(temperature=0)
 
 
+def python_of(page: str) -> list[str]:
+    """The Python that a page shows, but for files to put into a checkout."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+    return [block for block in blocks if block not in dict(SHOWN).values()]
+
+
 def test_the_python_of_the_readme_runs():
-    (code,) = re.findall(r"```python\n(import torch\n\nimport pixelcnn_lit\n.*?)```", README, re.DOTALL)
-    made: dict = {}
+    (code,) = python_of("README.md")
+    made: dict[str, Any] = {}
     exec(code, made)
     assert made["images"].shape == (2, 4, 1, 28, 28)
     assert made["filled"].shape == (2, 4, 1, 28, 28)
     assert made["bits"].shape == (2, 28, 28)
+    assert torch.allclose(made["bits"].sum((1, 2)), made["nats"] / math.log(2))
+    assert torch.allclose(made["log_posterior"].logsumexp(1), torch.zeros(2, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and python_of(page)])
+def test_the_python_of_the_other_pages_runs(page, tmp_path, monkeypatch):
+    """With a stand-in for MNIST, which would be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    digits = SimpleNamespace(data=torch.zeros(3, 28, 28, dtype=torch.uint8), targets=torch.arange(3))
+    monkeypatch.setattr("torchvision.datasets.MNIST", lambda root, train, download: digits)
+    for code in python_of(page):
+        exec(code, {})
+    with np.load("mnist_rgb.npz") as archive:
+        assert archive["test_images"].shape == (3, 32, 32, 3)
 
 
 def test_load_and_sample_import_no_lightning(tmp_path, children):

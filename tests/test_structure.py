@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from pixelcnn_lit.runs.command import CONF
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PICTURE = (ROOT / "pixelcnn_lit" / "README.md").read_text(encoding="utf-8")
 COMMANDS = [path.stem for path in CONF.glob("*.yaml") if (ROOT / "pixelcnn_lit" / f"{path.stem}.py").is_file()]
 # From the ground up: a folder imports those of lower floors alone. Commands stand on the roof: nobody imports them.
 FLOORS = (
@@ -86,9 +86,9 @@ def test_text_is_read_and_written_as_utf_8_whatever_the_system_prefers():
             assert encoded or not text, f"{path.name}, line {node.lineno}: say encoding='utf-8'"
 
 
-def test_the_picture_in_the_readme_is_the_import_graph():
+def test_the_picture_beside_the_code_is_the_import_graph():
     """But for commands, which are drawn as one, and for `config` and `runs`, which most others import."""
-    drawn = set(re.findall(r"^ *(\w+) --> (\w+)$", README, re.MULTILINE))
+    drawn = set(re.findall(r"^ *(\w+) --> (\w+)$", PICTURE, re.MULTILINE))
     named = {a: "commands" if a in FLOORS[-1] else a for names in FLOORS for a in names}
     real = {(named[room(a)], named[room(b)]) for a, b in imports() if room(a) != room(b)}
     assert drawn == {(a, b) for a, b in real if not {a, b} & {"config", "runs"}}
