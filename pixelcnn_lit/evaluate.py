@@ -88,7 +88,8 @@ def bits_per_dimension(
     print(f"{data.label}, {split} split, {figures['images']} images, {uniform:.4f} bpd for a uniform model")
     width = max(map(len, [*per_class, "all"]))
     for name, bpd in {**per_class, "all": figures["bpd"]}.items():
-        print(f"{name:>{width}}  {bpd:.4f} bpd")
+        error = figures["bpd_standard_error"] if name == "all" else None
+        print(f"{name:>{width}}  {bpd:.4f}{'' if error is None else f' ± {error:.4f}'} bpd")
     return {**figures, "uniform_bpd": uniform, "bpd_per_class": per_class}
 
 

@@ -104,12 +104,13 @@ def test_the_default_run_ends_at_its_best(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["test/bpd"] < 1.66
 
 
-def test_tensorboard_has_scalars_pictures_and_hparams(run):
+def test_tensorboard_has_scalars_pictures_and_the_result(run):
     events = EventAccumulator(str(run)).Reload()
     expected = {"train/nll", "train/nll_step", "val/nll", "val/bpd", "test/bpd", "best/val_bpd", "lr-Muon"}
     assert expected <= set(events.Tags()["scalars"])
-    assert set(events.Tags()["images"]) == {"real", "samples"}
-    assert any(tag.startswith("_hparams_/") for tag in events.summary_metadata)
+    assert expected | {"train/bpd", "train/bpd_step"} <= set(events.Tags()["scalars"])
+    assert set(events.Tags()["images"]) == {"real", "samples", "bits_per_pixel"}
+    assert "result/text_summary" in events.Tags()["tensors"]
 
 
 def test_a_checkpoint_is_plain_and_rebuilds_itself_to_the_bit(run, tmp_path, start):
@@ -132,7 +133,8 @@ def test_evaluate_reproduces_the_figures_of_the_run(run, monkeypatch, tmp_path, 
         scored = json.loads((tmp_path / split / "evaluation.json").read_text())
         assert scored["images"] == 250
         assert scored["bpd"] == pytest.approx(result[key], abs=1e-6)
-        assert f"all  {result[key]:.4f} bpd" in capsys.readouterr().out
+        error = result[f"{key}_standard_error"]
+        assert f"all  {result[key]:.4f} ± {error:.4f} bpd" in capsys.readouterr().out
     weights = [int((open_data().test.y == c).sum()) for c in range(10)]
     mean = np.average(list(result["test/bpd_per_class"].values()), weights=weights)
     assert mean == pytest.approx(result["test/bpd"], abs=1e-6)
@@ -396,11 +398,14 @@ def test_the_mean_counts_every_image_once_whatever_the_batches(run):
     """250 images in batches of 7, 32 and 250: published code averages the means of batches, the short one too."""
     model, data = load(str(run / "checkpoints" / "best.ckpt")), open_data()
     with torch.no_grad():
-        exact = model.nats(data.test.x, data.test.y).double().mean() / 64 / math.log(2)
+        bpd = model.nats(data.test.x, data.test.y).double() / 64 / math.log(2)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     for data.batch_size in (7, 32, 250):
-        trainer.test(DensityModule(model), data.test_dataloader(), verbose=False)
-        assert float(trainer.callback_metrics["test/bpd"]) == pytest.approx(float(exact), abs=1e-5)
+        module = DensityModule(model)
+        trainer.test(module, data.test_dataloader(), verbose=False)
+        assert float(trainer.callback_metrics["test/bpd"]) == pytest.approx(float(bpd.mean()), abs=1e-5)
+        error = float(bpd.std()) / len(bpd) ** 0.5
+        assert module.figures["test/bpd_standard_error"] == pytest.approx(error, abs=1e-6)
 
 
 def test_a_uniform_model_scores_log2_of_the_levels(run):

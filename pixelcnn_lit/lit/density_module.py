@@ -102,15 +102,18 @@ class DensityModule(Trainable):
         self._report("test")
 
     def _report(self, split: str) -> None:
-        per_image, per_class, images = self.score.compute()
+        scored = self.score.compute()
         self.score.reset()
-        nll = float(per_image) / self.density.dims
+        dims = self.density.dims
+        nll = float(scored.mean) / dims
         figures: dict[str, Any] = {f"{split}/nll": nll, f"{split}/bpd": bits(nll)}
         if self.density.levels == 2:
-            figures[f"{split}/nats_per_image"] = float(per_image)
+            figures[f"{split}/nats_per_image"] = float(scored.mean)
         self.log_dict(figures, sync_dist=True)  # every rank has the same by now
-        self.figures = figures | {f"{split}/images": int(images)}  # Lightning's log rounds to float32
-        per_class_bpd = bits(per_class / self.density.dims)
+        error = bits(float(scored.standard_error) / dims) if scored.images > 1 else None  # JSON knows no NaN
+        beside = {f"{split}/bpd_standard_error": error, f"{split}/images": int(scored.images)}
+        self.figures = figures | beside  # Lightning's log rounds to float32
+        per_class_bpd = bits(scored.per_class / dims)
         self.bpd_per_class = per_class_bpd.reshape(-1).tolist()  # torchmetrics squeezes that of one class
 
     def configure_optimizers(self) -> Any:

@@ -1,9 +1,24 @@
 """Figures over a split, exact for short batches and several processes."""
 
+from typing import NamedTuple
+
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+
+
+class Nats(NamedTuple):
+    """Nats an image over a split.
+
+    mean: []. standard_error: of the mean, [], NaN of one image. per_class: its mean, [num_classes], NaN where it is
+    absent. images: their number, [].
+    """
+
+    mean: Tensor
+    standard_error: Tensor
+    per_class: Tensor
+    images: Tensor
 
 
 class MeanNats(Metric):
@@ -11,21 +26,26 @@ class MeanNats(Metric):
 
     full_state_update = False
     nats: Tensor
+    squares: Tensor
     images: Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.add_state("nats", torch.zeros(num_classes), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros(num_classes), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, y: Tensor) -> None:
         """Add nats [B] of images of classes y [B]."""
         self.nats.index_add_(0, y, nats.to(self.nats.dtype))
+        self.squares += nats.to(self.squares.dtype).square().sum()
         self.images.index_add_(0, y, torch.ones_like(nats, dtype=self.images.dtype))
 
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean [], the mean of each class [num_classes] (NaN where it is absent), and the number of images []."""
-        return self.nats.sum() / self.images.sum(), self.nats / self.images, self.images.sum()
+    def compute(self) -> Nats:
+        images = self.images.sum()
+        mean = self.nats.sum() / images
+        variance = (self.squares / images - mean.square()).clamp_min(0) / (images - 1)  # of the mean
+        return Nats(mean, variance.sqrt(), self.nats / self.images, images)
 
 
 def per_class(counted: Tensor) -> list[float | None]:

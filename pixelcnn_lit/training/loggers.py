@@ -139,6 +139,7 @@ class CSVLogger(Logger):
         self.path = Path(save_dir) / "metrics.csv"
         self.purge_step = purge_step
         self.columns: list[str] = []  # of the file, once it is read or written
+        self.last_kept: list[dict[str, str]] = []  # rows of the last step before that of `purge_step`
 
     @property
     def name(self) -> str:
@@ -162,22 +163,25 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        row = {"step": step, **metrics}
+        if not self.columns:
+            self._continue()
+        row = {"step": str(step)} | {name: str(float(value)) for name, value in metrics.items()}
+        if any(row.items() <= kept.items() for kept in self.last_kept):
+            return  # resumed where an epoch was over, Lightning logs its figures once more
         columns = list(dict.fromkeys([*self.columns, *row]))
         if columns == self.columns:
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
-        else:  # the first row of this process, or a new column
-            before = self._kept() if not self.columns else _rows(self.path)
-            columns = list(dict.fromkeys([*(before[0] if before else ()), *columns]))
-            self._rewrite(columns, [*before, row])
+        else:
+            self._rewrite(columns, [*_rows(self.path), row])
 
-    def _kept(self) -> list[dict[str, str]]:
-        """Return what an earlier part of the run has logged up to where it is resumed."""
-        if self.purge_step is None:
-            return []
+    def _continue(self) -> None:
+        """Begin the file with what an earlier part of the run has logged up to where it is resumed."""
+        before = [] if self.purge_step is None else _rows(self.path)
         # What was written as the program was killed may end inside a row.
-        return [row for row in _rows(self.path) if row["step"].isdigit() and int(row["step"]) < self.purge_step]
+        kept = [row for row in before if row["step"].isdigit() and int(row["step"]) < (self.purge_step or 0)]
+        self.last_kept = [row for row in kept if row["step"] == kept[-1]["step"]]
+        self._rewrite(list(kept[0]) if kept else ["step"], kept)
 
     def _rewrite(self, columns: list[str], rows: Sequence[dict[str, Any]]) -> None:
         text = io.StringIO(newline="")

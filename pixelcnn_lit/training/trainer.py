@@ -63,6 +63,7 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
             raise UserError(f"trainer.{key}={value}: must be above 0")
     # Lightning's own tips and notes bury the result.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # trainer.profiler reports there
     # Our loaders stride over the ranks themselves; gathering whole batches needs few workers.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")

@@ -1,0 +1,140 @@
+"""Where a run is logged: several loggers at once, and one curve of a run that is resumed."""
+
+import csv
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, command, killed, one_run, refused
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from pixelcnn_lit.lit.density_module import DensityModule
+from pixelcnn_lit.training.loggers import CSVLogger, with_run_ids
+
+TWO = ["trainer.max_epochs=2", "callbacks.samples.every_n_epochs=0"]
+HAS_WANDB = importlib.util.find_spec("wandb") is not None
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_killed_and_resumed_run_leaves_the_rows_of_one_that_never_was(tmp_path):
+    own = [*TINY, *TWO, "logger=csv", "callbacks.last.every_n_steps=3"]
+    command("train", *own, f"run_dir={tmp_path}/whole")
+    with killed(DensityModule, "training_step", after=5):
+        command("train", *own, f"run_dir={tmp_path}/cut")
+    with (tmp_path / "cut" / "metrics.csv").open("a", encoding="utf-8") as file:
+        file.write("5,0.0")  # as of a row that was being written
+    command("train", f"ckpt={tmp_path}/cut")
+    whole, cut = rows(tmp_path / "whole"), rows(tmp_path / "cut")
+    assert [row["step"] for row in cut] == [row["step"] for row in whole]
+    for key in ("train/bpd", "train/bpd_step", "val/bpd", "best/val_bpd", "test/bpd", "lr-Muon"):
+        assert [row[key] for row in cut] == [row[key] for row in whole], key
+        assert any(row[key] for row in whole), key
+
+
+def test_a_new_column_moves_no_value(tmp_path):
+    logger = CSVLogger(str(tmp_path))
+    logger.log_metrics({"a": 1.0}, 0)
+    logger.log_metrics({"b": 2.0}, 1)
+    logger.log_metrics({"a": 3.0, "c": 4.0}, 2)
+    logger.log_metrics({"b": 5.0}, 3)
+    assert [list(row.values()) for row in rows(tmp_path)] == [
+        ["0", "1.0", "", ""],
+        ["1", "", "2.0", ""],
+        ["2", "3.0", "", "4.0"],
+        ["3", "", "5.0", ""],
+    ]
+
+
+def test_several_loggers_at_once_or_none(tmp_path):
+    one_run(tmp_path / "both", "trainer.max_epochs=1", "logger=[tensorboard,csv]")
+    result = one_run(tmp_path / "none", "trainer.max_epochs=1", "logger=none")
+    assert math.isfinite(result["test/bpd"])
+    assert list((tmp_path / "both").glob("events*"))
+    assert rows(tmp_path / "both")[-1]["test/bpd"]
+    left = {path.name for path in (tmp_path / "none").iterdir()}
+    assert not {name for name in left if name.startswith("events") or name == "metrics.csv"}
+    assert {"result.json", "samples.png", "bits_per_pixel.png", "real.png"} <= left
+
+
+def test_hparams_shows_what_was_typed_first_and_no_score_that_is_no_number(run):
+    events = EventAccumulator(str(run)).Reload()
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    experiment = HParamsPluginData.FromString(content).experiment
+    shown = [info.name for info in experiment.hparam_infos]
+    typed = [override.split("=")[0] for override in OmegaConf.load(run / "config.yaml").overrides]
+    assert shown[: len(typed)] == typed
+    assert len(shown) > len(typed)
+    assert [info.name.tag for info in experiment.metric_infos] == ["best/val_bpd", "test/bpd"]
+    assert all(math.isfinite(event.value) for event in events.Scalars("best/val_bpd"))
+
+
+def test_a_new_run_gets_an_id_which_a_resumed_one_keeps():
+    wandb = {"wandb": {"_target_": "lightning.pytorch.loggers.WandbLogger", "id": None}}
+    first, second = with_run_ids(wandb), with_run_ids(wandb)
+    assert first["wandb"]["id"] != second["wandb"]["id"]
+    assert with_run_ids(first) == first
+
+
+@pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
+def test_a_logger_that_is_not_installed_gets_one_line(tmp_path):
+    line = refused("train", *TINY, "logger=wandb", f"run_dir={tmp_path}")
+    assert line == "error: logger.wandb: is not installed; type pip install -e '.[wandb]'"
+
+
+@pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
+def test_wandb_offline_resumes_the_same_run(tmp_path):
+    own = [*TINY, *TWO, "logger=wandb", "logger.wandb.offline=true", "callbacks.last.every_n_steps=3"]
+    with killed(DensityModule, "training_step", after=5):
+        command("train", *own, f"run_dir={tmp_path}")
+    command("train", f"ckpt={tmp_path}")
+    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert ids == {OmegaConf.load(tmp_path / "config.yaml").logger.wandb.id}
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_the_course_of_a_run_is_that_of_its_validations(tmp_path):
+    result = one_run(tmp_path, *TWO)
+    assert [point["step"] for point in result["history"]] == [4, 8]
+    assert [point["images"] for point in result["history"]] == [64, 128]
+    assert min(point["val/bpd"] for point in result["history"]) == result["val/bpd"]
+    metrics = EventAccumulator(str(tmp_path)).Reload().Scalars("val/bpd")
+    assert [point["val/bpd"] for point in result["history"]] == pytest.approx([event.value for event in metrics])
+
+
+def test_a_sweep_ends_with_its_table_and_its_curves(tmp_path, capsys):
+    swept = ["-m", *TINY, "trainer.max_epochs=1", "callbacks.samples.every_n_epochs=0", "seed=0,1"]
+    command("train", *swept, f"run_dir={tmp_path}")
+    table = capsys.readouterr().out.partition("the sweep lies in ")[2]
+    scores = [json.loads((tmp_path / job / "result.json").read_text())["val/bpd"] for job in ("0", "1")]
+    assert [f"{score:.4f}" in table for score in scores] == [True, True]
+    assert "curves_bpd.png" in table
+    assert (tmp_path / "curves_bpd.png").is_file()
+
+
+def test_a_picture_has_a_row_a_class_with_its_name():
+    from pixelcnn_lit.data.grids import grid
+
+    images = torch.zeros(2, 3, 1, 8, 8, dtype=torch.uint8)
+    plain, named = grid(images, 17), grid(images, 17, ["cat", "a dog"])
+    assert torch.equal(named[:, :, -plain.shape[2] :], plain)
+    margin = named[:, :, : -plain.shape[2]]
+    halves = margin.chunk(2, dim=1)
+    assert all((half == 255).any() for half in halves)  # white letters beside each row
+
+
+def test_heat_grows_with_the_bits_from_black_to_white():
+    from pixelcnn_lit.data.grids import heat
+
+    colours = heat(torch.linspace(0, 6, 256)[None], most=6.0)  # [3,1,256]
+    assert colours[:, 0, 0].tolist() == [0, 0, 0]
+    assert colours[:, 0, -1].tolist() == [255, 255, 255]
+    assert (colours.int().sum(0).diff() >= 0).all()
