@@ -137,10 +137,6 @@ class ClassifierModule(Trainable):
         scored = f", val {figures['val/accuracy']:.2%}" if "val/accuracy" in figures else ""
         return f"train loss {loss:.4f}{scored}"
 
-    @staticmethod
-    def best_figure(score: float) -> dict[str, float]:
-        return {"best/val_accuracy": score}
-
     def configure_optimizers(self) -> Any:
         return optimization(self, self.optimizer_config, self.scheduler_config, monitor="val/loss")
 

@@ -79,10 +79,6 @@ class DensityModule(Trainable):
         scored = f", val {figures['val/bpd']:.4f}" if "val/bpd" in figures else ""
         return f"train {bits(loss):.4f}{marked}{scored} bpd"
 
-    @staticmethod
-    def best_figure(score: float) -> dict[str, float]:
-        return {"best/val_bpd": bits(score)}
-
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         x, y = batch
         with torch.autocast(self.device.type, enabled=False):  # reported figures are float32, however it trains

@@ -36,8 +36,3 @@ class Trainable(L.LightningModule):
     def epoch_line(self, loss: float, figures: dict[str, Tensor]) -> str:
         """Return what an epoch has brought, from its mean loss and the last scores."""
         raise NotImplementedError
-
-    @staticmethod
-    def best_figure(score: float) -> dict[str, float]:
-        """Return the best score as the HPARAMS page shows it."""
-        raise NotImplementedError

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
@@ -162,7 +162,7 @@ class TrainingLoss(Callback):
 
 
 class KeepFigures(Callback):
-    """Keep the figures of the last validation in checkpoints, "scored", and the course of all of them.
+    """Keep the figures of the last validation in checkpoints, "scored", and the course of all; log the best of them.
 
     history: of each validation, after how many steps and images of training, and its score.
     """
@@ -179,9 +179,14 @@ class KeepFigures(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            score = f"val/{trained(pl_module).FIGURE}"
+            module = trained(pl_module)
+            score = f"val/{module.FIGURE}"
             passed = {"step": trainer.global_step, "images": self.throughput.images}
-            self.history = [*self.history, passed | {score: trained(pl_module).figures[score]}]
+            self.history = [*self.history, passed | {score: module.figures[score]}]
+            scores = [point[score] for point in self.history]
+            best = min(scores) if module.MONITOR[1] == "min" else max(scores)
+            for logger in trainer.loggers:
+                logger.log_metrics({f"best/val_{module.FIGURE}": best}, trainer.global_step - 1)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["scored"] = trained(pl_module).figures
@@ -208,29 +213,18 @@ class EpochLine(Callback):
 
 
 class ShowSettings(Callback):
-    """Show the settings of a run wherever it is logged, and the best figure so far, as the module names it.
+    """Show the settings of a run wherever it is logged.
 
     Args:
-        settings: all of them. overrides: those that were typed, which are shown first: a sweep varies some of them.
+        settings: all of them. overrides: as typed, for the choices of groups among them.
     """
 
     def __init__(self, settings: dict[str, Any], overrides: list[str]) -> None:
-        typed = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
-        every = {key: value for key, value in flat(settings).items() if value != {}}
-        ordered = {key: every.pop(key, value) for key, value in typed.items()} | every
+        chosen = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+        every = chosen | {key: value for key, value in flat(settings).items() if value != {}}
         self.settings = {
-            key: value if isinstance(value, int | float | bool | str) else str(value) for key, value in ordered.items()
+            key: value if isinstance(value, int | float | bool | str) else str(value) for key, value in every.items()
         }
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        module = trained(pl_module)
-        log_settings(trainer, self.settings, [*module.best_figure(0.0), f"test/{module.FIGURE}"])
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        best = trainer.checkpoint_callback
-        if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
-            figure = trained(pl_module).best_figure(float(best.best_model_score))
-            for logger in trainer.loggers:
-                logger.log_metrics(figure, trainer.global_step - 1)
-
-    on_fit_end = on_train_epoch_end  # the last score is in by now
+        log_settings(trainer, self.settings)

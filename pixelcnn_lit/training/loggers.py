@@ -77,13 +77,15 @@ def log_picture(trainer: L.Trainer, name: str, picture: Tensor) -> None:
 
 
 @rank_zero_only
-def log_settings(trainer: L.Trainer, settings: dict[str, Any], figures: Sequence[str]) -> None:
-    """Show the settings of a run beside the figures, by name, that its trials are compared by."""
+def log_settings(trainer: L.Trainer, settings: dict[str, int | float | bool | str]) -> None:
+    """Show the settings of a run."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            # Not Lightning's log_hyperparams, which would log a first value of each figure.
+            # Not Lightning's log_hyperparams, which would log a first value of each score. And not the first summary,
+            # which names the columns of HPARAMS: without it, those come first whose values differ between runs.
+            _, *values = hparams(settings, {})
             writer: Any = logger.experiment._get_file_writer()
-            for summary in hparams(settings, dict.fromkeys(figures, 0.0)):
+            for summary in values:
                 writer.add_summary(summary)
         else:
             logger.log_hyperparams(settings)
