@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TINY, command, killed, one_run, refused
+from hydra._internal.hydra import Hydra
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -144,3 +145,20 @@ def test_heat_grows_with_the_bits_from_black_to_white():
     assert colours[:, 0, 0].tolist() == [0, 0, 0]
     assert colours[:, 0, -1].tolist() == [255, 255, 255]
     assert (colours.int().sum(0).diff() >= 0).all()
+
+
+@pytest.mark.parametrize(("name", "score"), [("train", "val/bpd"), ("train_classifier", "val/accuracy")])
+def test_a_training_returns_its_score_to_a_sweeper(tmp_path, monkeypatch, name, score):
+    returned, original = [], Hydra.run
+
+    def observed(self, *arguments, **own):
+        job = original(self, *arguments, **own)
+        returned.append(job.return_value)
+        return job
+
+    monkeypatch.setattr(Hydra, "run", observed)
+    tiny = TINY if name == "train" else [*TINY[1:4], "classifier=cnn"]
+    for _ in range(2):  # the second finds it completed
+        command(name, *tiny, "trainer.max_epochs=1", "skip_completed=true", f"run_dir={tmp_path}")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert returned == [result[score]] * 2
