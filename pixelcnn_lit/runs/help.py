@@ -14,7 +14,7 @@ import yaml
 from pixelcnn_lit.runs.places import CONF, PACKAGE, WEIGHTS
 
 WIDTH = 80  # columns of a page
-HEADS = 27  # of these, those of the first column of a table at most
+HEADS = 30  # of these, those of the first column of a table at most
 SCRIPT = "pixelcnn"  # as pyproject.toml installs it
 REQUIRED = "???"
 
@@ -128,8 +128,7 @@ def _meaning(entry: Entry) -> str:
     if entry.value != REQUIRED:
         return entry.comment
     shipped = ", ".join(sorted(path.stem for path in WEIGHTS.glob("*.safetensors")))
-    files = f"a checkpoint, a RUN_DIR, or weights that the package ships with: {shipped}"
-    return "; ".join(filter(None, ["required", entry.comment, files if entry.key == "ckpt" else ""]))
+    return f"required; {entry.comment}" + (f" ({shipped})" if entry.key == "ckpt" else "")
 
 
 def _options(group: Entry, composed: Mapping[str, Any]) -> str:
@@ -168,14 +167,15 @@ def paragraphs(text: str) -> str:
 
 def continued(command: str) -> list[str]:
     """A command as indented lines of a shell."""
-    *first, last = _wrapped(command, WIDTH - len("      \\"))
+    width = WIDTH - len("  ")
+    *first, last = [command] if len(command) <= width else _wrapped(command, width - len("     \\"))
     lines = [f"{line} \\" for line in first] + [last]
     return [f"  {lines[0]}", *(f"      {line}" for line in lines[1:])]
 
 
 def column_of(rows: list[tuple[str, str]]) -> int:
-    """Return where the second column begins."""
-    return min(HEADS, max(len(f"  {head}  ") for head, _ in rows))
+    """Return where the second column begins: behind all heads but those that are too long."""
+    return max((len(f"  {head}  ") for head, _ in rows if len(f"  {head}  ") <= HEADS), default=HEADS)
 
 
 def table(rows: list[tuple[str, str]], column: int) -> list[str]:
@@ -183,7 +183,7 @@ def table(rows: list[tuple[str, str]], column: int) -> list[str]:
     lines = []
     for head, text in rows:
         heads = [f"  {head}"]
-        if len(heads[0]) >= column:
+        if len(heads[0]) + 2 > column:
             lines.append(heads.pop())
         wrapped = [line for part in text.split("\n") for line in _wrapped(part, WIDTH - column)]
         lines += [f"{first:<{column}}{line}".rstrip() for first, line in zip_longest(heads, wrapped, fillvalue="")]
