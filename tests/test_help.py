@@ -86,6 +86,7 @@ def test_each_setting_has_a_comment_in_its_yaml_and_the_page_has_it(name):
     settings = re.findall(r"^ *[\w.]+: +[^#\n]*[^#\n ]( +# (.+))?$", text.partition("\n\n")[2] or text, re.MULTILINE)
     assert settings
     shown = flat(help_of("sample" if name == "job" else name))
+    shown = re.sub(r"(shipped weights) \([^)]*\)", r"\1", shown)
     for comment, words in settings:
         assert comment, f"conf/{name}.yaml: a setting without a comment"
         assert flat(words) in shown
@@ -176,7 +177,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("no hydra", "ckpt=mnist", 1, "error: ckpt=mnist: there is no such command; choose from: sample, complete"),
         ("", "help sample", 0, "Draw class-conditional samples"),
         ("", "data --help", 0, "Look at a dataset"),
-        ("", "summarize --help", 0, "Tabulate the runs of a sweep"),
+        ("", "summarize --help", 0, "Show the table and the curves of a sweep"),
         ("", "summarize x", 1, "error: "),
         ("", "sample ckpt=x.ckpt", 1, "error: ckpt=x.ckpt: no such file"),
     ],

@@ -125,25 +125,26 @@ def _head(entry: Entry) -> str:
 
 
 def _meaning(entry: Entry) -> str:
-    if entry.value != REQUIRED:
-        return entry.comment
+    """Its comment, which names the shipped weights where it speaks of them."""
     shipped = ", ".join(sorted(path.stem for path in WEIGHTS.glob("*.safetensors")))
-    return f"required; {entry.comment}" + (f" ({shipped})" if entry.key == "ckpt" else "")
+    comment = entry.comment.replace("shipped weights", f"shipped weights ({shipped})")
+    return f"required; {comment}" if entry.value == REQUIRED else comment
 
 
 def _options(group: Entry, composed: Mapping[str, Any]) -> str:
     """Its options, its comment, and the keys of the option that is chosen, a paragraph each."""
     name, _, package = group.key.partition("@")
-    options = sorted(path.relative_to(CONF / name).with_suffix("").as_posix() for path in (CONF / name).rglob("*.yaml"))
-    keys = (
-        [key for key in composed.get(package or name) or () if not key.startswith("_")] if group.value != "null" else []
-    )
-    parts = [
-        ", ".join(options),
-        f"({group.comment})" if group.comment else "",
-        "keys: " + ", ".join(keys) if keys else "",
-    ]
-    return "\n".join(filter(None, parts))
+    parts = [", ".join(sorted(_option(path, CONF / name) for path in (CONF / name).rglob("*.yaml")))]
+    if group.comment:
+        parts.append(f"({group.comment})")
+    chosen = composed.get(package or name) if group.value != "null" else None
+    if keys := [key for key in chosen or () if not key.startswith("_")]:
+        parts.append("keys: " + ", ".join(keys))
+    return "\n".join(parts)
+
+
+def _option(file: Path, group: Path) -> str:
+    return file.relative_to(group).with_suffix("").as_posix()
 
 
 def _more() -> list[tuple[str, str]]:
