@@ -55,7 +55,9 @@ def test_every_command_is_listed_with_the_first_line_of_its_docstring():
 
 @pytest.mark.parametrize("name", HYDRA_MAINS)
 def test_a_page_tells_of_each_setting_and_each_group_and_of_no_other(name):
-    sections = {section.split()[0]: section for section in help_of(name).split("\n\n")}
+    shown = help_of(name)
+    assert max(map(len, shown.replace(str(CONF), "conf").splitlines())) <= WIDTH
+    sections = {section.split()[0]: section for section in shown.split("\n\n")}
     settings, groups = sections["Settings"], sections.get("Groups", "")
     config: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
     listed = config.pop("defaults")
@@ -176,7 +178,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("no hydra", "help smaple", 1, "error: smaple: there is no such command; did you mean sample?"),
         ("no hydra", "ckpt=mnist", 1, "error: ckpt=mnist: there is no such command; choose from: sample, complete"),
         ("", "help sample", 0, "Draw class-conditional samples"),
-        ("", "data --help", 0, "Look at a dataset"),
         ("", "summarize --help", 0, "Show the table and the curves of a sweep"),
         ("", "summarize x", 1, "error: "),
         ("", "sample ckpt=x.ckpt", 1, "error: ckpt=x.ckpt: no such file"),
