@@ -1,4 +1,7 @@
-"""Measure how fast this machine trains and samples, as ratios side by side in one run; no figure is stored in code."""
+"""Measure how fast this machine trains and samples.
+
+Ratios, timed side by side in one run; no figure is stored in code.
+"""
 
 from pixelcnn_lit.runs.launch import launch
 

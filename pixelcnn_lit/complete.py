@@ -1,4 +1,7 @@
-"""Complete images: keep some pixels to the bit and draw the others, several times, given what is kept."""
+"""Complete images: keep some pixels and draw the others.
+
+Each image is completed several times; the pixels that are kept stay as they are, to the bit.
+"""
 
 from pixelcnn_lit.runs.launch import launch
 

@@ -1,4 +1,4 @@
-"""Compress images with a model, and say how many bits they took."""
+"""Compress images without loss, and count the bits."""
 
 from pixelcnn_lit.runs.launch import launch
 

@@ -1,4 +1,4 @@
-"""The images in a file of `compress`, to the bit."""
+"""Restore the images in a file of `compress`, to the bit."""
 
 from pixelcnn_lit.runs.launch import launch
 

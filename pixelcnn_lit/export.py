@@ -1,4 +1,7 @@
-"""Weights to give away: a checkpoint's model as safetensors, with what rebuilds it and a SHA-256 of it all."""
+"""Export a model to give away, as one safetensors file.
+
+It holds the weights, the settings that rebuild the model and a SHA-256 of it all.
+"""
 
 from pixelcnn_lit.runs.launch import launch
 

@@ -1,7 +1,7 @@
-"""Judge a model's samples by a classifier: do they look like their class, how far are they from real images?
+"""Judge a model's samples by a classifier.
 
-A table, a confusion matrix, some samples beside the nearest training images, and, of several temperatures and
-guidance scales, consistency over diversity as a curve.
+Do they look like their class, and how far are they from real images? A table, a confusion matrix, some samples beside
+the nearest training images, and, of several temperatures and guidance scales, consistency over diversity as a curve.
 """
 
 from pixelcnn_lit.runs.launch import launch

@@ -1,4 +1,10 @@
-"""The table and the curves of a sweep, best first: python -m pixelcnn_lit.summarize DIRECTORY"""
+"""Show the table and the curves of a sweep, best first.
+
+    python -m pixelcnn_lit.summarize runs/train/SWEEP
+    python -m pixelcnn_lit.summarize runs/train
+
+The directory is that of a sweep, or any that holds runs. Those without a result follow the table, with the reason.
+"""
 
 import json
 import shlex
@@ -8,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pixelcnn_lit.runs.help import page
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.saved import CONFIG
 from pixelcnn_lit.runs.terminal import print_what_can_be_printed
@@ -19,6 +26,9 @@ COLUMNS = ("n_params", "images_per_second", "seconds")
 
 def main() -> None:
     print_what_can_be_printed()
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print(page("summarize"))
+        return
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit("error: type python -m pixelcnn_lit.summarize DIRECTORY, the directory of a sweep (or of many runs)")
     if not summarize(Path(sys.argv[1])):

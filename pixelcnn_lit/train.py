@@ -1,4 +1,8 @@
-"""Train a density model, score it once on the test set with its best weights, and say where all is."""
+"""Train a density model, and score it on the test set.
+
+It is scored once, with the weights best on validation. The last lines printed say where checkpoints, samples and
+curves are.
+"""
 
 from pixelcnn_lit.runs.launch import launch
 

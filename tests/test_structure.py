@@ -23,7 +23,7 @@ FLOORS = (
     ("data",),
     ("lit",),
     ("training", "scoring", "codec"),
-    ("__init__", "data.__main__", "summarize", *COMMANDS),
+    ("__init__", "__main__", "data.__main__", "summarize", *COMMANDS),
 )
 
 
@@ -159,6 +159,6 @@ def test_help_and_typos_are_answered_before_torch_is_imported(tmp_path, children
     names = " ".join([*COMMANDS, "data"])
     asked = children.popen(tmp_path, "-c", WITHOUT_TORCH, names)
     assert asked.wait(60) == 0
-    assert "train is powered by Hydra" in asked.output()
+    assert "\nSettings (KEY=VALUE), with their defaults\n" in asked.output()
     for name in names.split():
         assert f"{name} typo=1 error: typo: there is no such setting" in asked.output()

@@ -1,8 +1,4 @@
-"""Look at a dataset: its statistics, nine images a class, its loader's speed.
-
-python -m pixelcnn_lit.data dataset=cifar10
-python -m pixelcnn_lit.data dataset=cifar10 dataset.random_crop=4 dataset.horizontal_flip=true augmented=true
-"""
+"""Look at a dataset: statistics, images, loading speed."""
 
 from pixelcnn_lit.runs.launch import launch
 

@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,16 +21,20 @@ from pixelcnn_lit.config.build import check, check_parts
 from pixelcnn_lit.config.errors import explain
 from pixelcnn_lit.config.quoting import quoted, uninterpolated
 from pixelcnn_lit.runs.atomic import atomic_write_text
+from pixelcnn_lit.runs.help import page
 from pixelcnn_lit.runs.memory import keep_freed_memory
+from pixelcnn_lit.runs.places import CONF
 from pixelcnn_lit.runs.run_dir import expanded, relative, run_dir, start_clock, typed
 from pixelcnn_lit.runs.saved import checkpoint_file
 from pixelcnn_lit.runs.signals import raise_on_signals
 from pixelcnn_lit.runs.sweep import sweep_directory
 from pixelcnn_lit.runs.terminal import print_what_can_be_printed
 
-_PACKAGE = Path(__file__).parents[1]
-# In a wheel conf/ lies inside the package; in a checkout beside it.
-CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+# What Hydra prints for --help, a string.Template: see conf/job.yaml.
+OmegaConf.register_new_resolver(
+    "help_page", lambda name, *, _root_: page(name, _root_).replace("$", "$$"), replace=True
+)
+
 TRAINING = ("train", "train_classifier")  # commands whose `ckpt` is one to resume from
 # Where it is 1, Hydra raises what it would print, and a process that Lightning starts takes it for debug=true.
 FULL_ERROR = "HYDRA_FULL_ERROR"

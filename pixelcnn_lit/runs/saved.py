@@ -13,9 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf, open_dict
 
 from pixelcnn_lit.config.errors import UserError, first_line
+from pixelcnn_lit.runs.places import WEIGHTS
 from pixelcnn_lit.runs.run_dir import expanded, new_dir, relative, typed
 
-WEIGHTS = Path(__file__).parents[1] / "weights"  # those that the package ships with; README.md there tells of each
 CONFIG = "config.yaml"  # beside the checkpoints: all settings of the run
 NOT_SAVED = (
     "run_dir",
