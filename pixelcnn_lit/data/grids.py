@@ -20,11 +20,17 @@ def grid(rows: Tensor, levels: int, names: Sequence[str] = ()) -> Tensor:
         rows: levels uint8 [rows,columns,C,H,W].
         names: of the rows; none where there are none.
     """
-    return tiled((rows.cpu().float() * (255 / (levels - 1))).round().to(torch.uint8), names)
+    return tiled(as_rgb(rows, levels), names)
+
+
+def as_rgb(images: Tensor, levels: int) -> Tensor:
+    """Return levels uint8 [...,1 or 3,H,W] as they are shown: RGB uint8 [...,3,H,W]."""
+    shown = (images.cpu().float() * (255 / (levels - 1))).round().to(torch.uint8)
+    return shown.expand(*shown.shape[:-3], 3, *shown.shape[-2:])
 
 
 def tiled(rows: Tensor, names: Sequence[str] = ()) -> Tensor:
-    """Return pictures uint8 [rows,columns,1 or 3,H,W], grey or RGB, as one: see `grid`."""
+    """Return RGB pictures uint8 [rows,columns,3,H,W] as one: see `grid`."""
     n_rows, n_columns = rows.shape[:2]
     factor = -(-MIN_SIDE // min(rows.shape[-2:]))
     shown = rows.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
