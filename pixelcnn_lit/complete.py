@@ -19,8 +19,7 @@ from torch import Tensor
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import saved_or_given
 from pixelcnn_lit.data.grids import grid, save
-from pixelcnn_lit.data.pictures import read_png
-from pixelcnn_lit.data.transforms import requantize_levels
+from pixelcnn_lit.data.pictures import Background, Colour, read_image, read_picture, require_pictures, sized, tell
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import atomic_write_text
@@ -34,6 +33,10 @@ def main(
     keep_mask: str | None,
     image: str | None,
     label: int | str | None,
+    background: Background | None,
+    resize: bool,
+    colour: Colour | None,
+    invert: bool,
     n_images: Annotated[int, Ge(1)],
     dataset: dict[str, Any],
     sampler: dict[str, Any],
@@ -45,12 +48,20 @@ def main(
     if keep and keep_mask:
         raise UserError("keep and keep_mask exclude each other; type one")
     if label is not None and not image:
-        raise UserError(f"label={label}: is the class of image=FILE.png; test images bring their own")
+        raise UserError(f"label={label}: is the class of image=FILE; test images have their own")
+    if not image:
+        require_pictures("image=FILE", background=background, colour=colour, invert=invert)
+    if not image and not keep_mask:
+        require_pictures("image=FILE or keep_mask=FILE", resize=resize)
     if image:
-        x, y = read_image(image, model), known_class(label, model)
+        picture = read_image(Path(image), model.image_shape, model.levels, background, resize, colour, invert)
+        x, y = picture.pixels[None], known_class(label, model)
+        changes = list(picture.changes)
+        tell([picture])
     else:
+        changes = []
         x, y = test_images(ckpt, model, dataset, n_images)
-    known = read_mask(keep_mask, model) if keep_mask else half(keep or "top_half", model.image_shape)
+    known = read_mask(keep_mask, model, resize) if keep_mask else half(keep or "top_half", model.image_shape)
     if not 0 < int(known.sum()) < known.numel():
         raise UserError(
             f"{int(known.sum())} of {known.numel()} pixels are kept: nothing to complete; type another keep"
@@ -64,6 +75,8 @@ def main(
     rows = torch.cat([x[:, None], torch.where(known, x, model.levels // 2)[:, None], drawn], dim=1)
     save(grid(rows, model.levels, model.called(y)), directory / "completions.png")
     result: dict[str, Any] = {"checkpoint": ckpt, "images": len(x), "known": int(known.sum()), "labels": y}
+    if image:
+        result |= {"image": image, "changes": changes}
     if is_beginning(known):
         scores = {
             "bpd of the images' own rest": conditional_bpd(model, x[:, None], y, known),
@@ -109,20 +122,11 @@ def test_images(ckpt: str, model: Density, dataset: dict[str, Any], n: int) -> t
     return first.x, (first.y.tolist() if model.conditional else model.classes * len(first))
 
 
-def read_image(path: str, model: Density) -> Tensor:
-    """uint8 [1,C,H,W] in the model's levels."""
-    x = read_png(Path(path))
-    if tuple(x.shape) != model.image_shape:
-        raise UserError(f"image={path}: (C, H, W) = {tuple(x.shape)}; this model draws {model.image_shape}")
-    return requantize_levels(x[None], 256, model.levels)
-
-
-def read_mask(path: str, model: Density) -> Tensor:
-    """bool [H,W], true where the PNG is white."""
-    mask = read_png(Path(path))
-    if mask.shape[1:] != model.image_shape[1:]:
-        raise UserError(f"keep_mask={path}: (H, W) = {tuple(mask.shape[1:])}; images are {model.image_shape[1:]}")
-    return mask.float().mean(0) >= 128
+def read_mask(path: str, model: Density, resize: bool) -> Tensor:
+    """bool [H,W], true where the picture is white."""
+    mask = sized(read_picture(Path(path)), *model.image_shape[1:], resize)
+    tell([mask])
+    return mask.pixels.float().mean(0) >= 128
 
 
 def known_class(label: int | str | None, model: Density) -> list[int]:

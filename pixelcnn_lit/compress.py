@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from annotated_types import Ge, Interval
-from PIL import Image
 from torch import Tensor
 
 from pixelcnn_lit.codec.coder import compress
@@ -20,7 +19,7 @@ from pixelcnn_lit.codec.format import MAX_BATCH
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.data.datamodule import saved_or_given
 from pixelcnn_lit.data.images import Split, channels_first
-from pixelcnn_lit.data.pictures import read_png, to_pil
+from pixelcnn_lit.data.pictures import read_picture, tell, to_pil
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import atomic_write
@@ -85,11 +84,9 @@ def read_folder(path: str, n_images: int | None, classes: list[int]) -> tuple[Te
     files = sorted(Path(path).rglob("*.png"))[:n_images]
     if not files:
         raise UserError(f"images={path}: no *.png in it, or n_images=0; type another folder")
-    for file in files:
-        with Image.open(file) as image:
-            if "A" in image.getbands() or "transparency" in image.info:
-                raise UserError(f"{file}: is transparent, which would be lost; save it without")
-    x = [read_png(file) for file in progress(files, desc="reading")]
+    pictures = [read_picture(file) for file in progress(files, desc="reading")]
+    tell(pictures)
+    x = [picture.pixels for picture in pictures]
     if len({image.shape for image in x}) > 1:
         raise UserError(f"images={path}: of different sizes; make them one size")
     folders = [file.parent.name for file in files]

@@ -1,7 +1,7 @@
-"""Score a checkpoint on a split.
+"""Score a checkpoint on a split, or on your own pictures.
 
-Bits per dimension overall and per class; or, by Bayes' rule, how well it tells the classes apart, and whether images of
-another dataset are less likely to it.
+Bits per dimension overall and per class, or of each picture; or, by Bayes' rule, how well it tells the classes apart,
+and whether images of another dataset are less likely to it.
 """
 
 from pixelcnn_lit.runs.launch import launch
@@ -10,6 +10,7 @@ if __name__ == "__main__":
     launch("evaluate")
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,9 +18,20 @@ from annotated_types import Ge
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.config.build import check_values
+from pixelcnn_lit.config.errors import UserError, printable
 from pixelcnn_lit.data.datamodule import ImageData, image_data, saved_or_given, uniform_bpd
+from pixelcnn_lit.data.grids import as_rgb, heat, save, tiled
 from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.data.pictures import (
+    Background,
+    Colour,
+    Picture,
+    picture_files,
+    read_image,
+    require_pictures,
+    tell,
+)
 from pixelcnn_lit.density.bayes import class_prior, marginal
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
@@ -27,16 +39,27 @@ from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, step_work, take_threads
 from pixelcnn_lit.runs.run_dir import plain_name, relative, run_dir
+from pixelcnn_lit.runs.terminal import progress
 from pixelcnn_lit.scoring.plots import show_histogram
 from pixelcnn_lit.scoring.posteriors import score
 from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_threads
+
+BATCH = 64  # pictures that are scored at a time
+SHOWN = 100  # pictures that are listed and drawn; all are in the json
+LONGEST = 24  # characters of a name beside its picture
 
 
 def main(
     ckpt: str,
     task: Literal["bpd", "classify", "ood"],
-    split: Literal["train", "validation", "test"],
+    split: Literal["train", "validation", "test"] | None,
     n_images: Annotated[int, Ge(1)] | None,
+    images: str | None,
+    label: int | str | None,
+    background: Background | None,
+    resize: bool,
+    colour: Colour | None,
+    invert: bool,
     dataset: dict[str, Any],
     trainer: dict[str, Any],
     threads: Threads,
@@ -45,29 +68,142 @@ def main(
     take_threads(threads)
     if (task == "ood") != (ood is not None):
         raise UserError("task=ood and dataset@ood=NAME go together; type both")
-    model = load(ckpt)
+    changes: dict[str, Any] = {"background": background, "resize": resize, "colour": colour, "invert": invert}
+    if images is None:
+        require_pictures("images=FILE_OR_FOLDER", label=label, **changes)
+        evaluation = of_split(load(ckpt), ckpt, task, split or "test", n_images, dataset, trainer, threads, ood)
+    else:
+        refuse_dataset(task, split, dataset)
+        batch_size = dataset.get("batch_size") or BATCH
+        model = load(ckpt)
+        path = Path(images).absolute()
+        pictures = read_pictures(Path(images), n_images, model, changes)
+        place(model, trainer, threads, batch_size)
+        print(f"{path.name}, images: {len(pictures)}, {uniform_bpd(model.levels):.4f} bpd for a uniform model")
+        head = {"label": path.name, "images": len(pictures), "checkpoint": ckpt} | changes
+        folder = Path(images) if path.is_dir() else Path(images).parent
+        evaluation = head | score_pictures(model, pictures, folder, label, batch_size)
+    if evaluation is None:
+        return
+    atomic_write_text(run_dir() / "evaluation.json", json.dumps(evaluation, indent=2))
+    print(relative(run_dir() / "evaluation.json"))
+
+
+def of_split(
+    model: Density,
+    ckpt: str,
+    task: str,
+    split: str,
+    n_images: int | None,
+    dataset: dict[str, Any],
+    trainer: dict[str, Any],
+    threads: Threads,
+    ood: dict[str, Any] | None,
+) -> dict[str, Any] | None:
+    """Return the evaluation on the images of a dataset; None in all processes but the first."""
     data = saved_or_given(ckpt, model.settings, dataset, compared=[split])
     images = chosen(data.split(split), n_images)
     head = {"label": data.label, "split": split, "images": len(images), "checkpoint": ckpt}
     if task == "bpd":
         figures = bits_per_dimension(model, data.tested_on(images), split, trainer, threads)
-    else:
-        if not model.conditional:
-            raise UserError("task: this model knows no classes; type task=bpd, or train one with conditional=true")
-        model.to("cpu" if trainer["accelerator"] == "cpu" else best_device())
-        say_threads(model.device, take_threads(threads, step_work(model, model.image_shape, data.batch_size)))
-        figures = classify(model, data, images, split) if ood is None else novelty(model, data, images, ood)
-    if figures is None:
-        return
-    atomic_write_text(run_dir() / "evaluation.json", json.dumps(head | figures, indent=2))
-    print(relative(run_dir() / "evaluation.json"))
+        return None if figures is None else head | figures
+    if not model.conditional:
+        raise UserError("task: this model knows no classes; type task=bpd, or train one with conditional=true")
+    place(model, trainer, threads, data.batch_size)
+    return head | (classify(model, data, images, split) if ood is None else novelty(model, data, images, ood))
+
+
+def place(model: Density, trainer: dict[str, Any], threads: Threads, batch_size: int) -> None:
+    """Put the model where it is to compute, and say what that takes of the CPU."""
+    model.to("cpu" if trainer["accelerator"] == "cpu" else best_device())
+    say_threads(model.device, take_threads(threads, step_work(model, model.image_shape, batch_size)))
 
 
 def chosen(split: Split, n_images: int | None) -> Split:
-    """Return so many images, always the same ones, of all classes: files often hold class after class."""
-    if n_images is None:
-        return split
-    return split[torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:n_images]]
+    return split if n_images is None else split[positions(len(split), n_images)]
+
+
+def positions(total: int, n_images: int) -> Tensor:
+    """Return so many positions, always the same ones, of all classes: files often hold class after class."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n_images]
+
+
+def refuse_dataset(task: str, split: str | None, dataset: dict[str, Any]) -> None:
+    """Raise UserError where something is typed that a dataset is needed for, and pictures are given in its place."""
+    if task != "bpd":
+        raise UserError(f"task={task}: needs images of known classes, of a dataset; leave task or images out")
+    if split is not None:
+        raise UserError(f"split={split}: is a part of a dataset; leave split or images out")
+    typed = sorted(key for key, value in dataset.items() if value is not None and key != "batch_size")
+    if typed:
+        setting = "dataset" if "_target_" in typed else f"dataset.{typed[0]}"
+        raise UserError(f"{setting}: no dataset is read where images are given; leave {setting} or images out")
+    if dataset.get("batch_size") is not None:
+        check_values("dataset", ImageData, {"batch_size": dataset["batch_size"]})
+
+
+def read_pictures(path: Path, n_images: int | None, model: Density, changes: dict[str, Any]) -> list[Picture]:
+    """Read a file, or all pictures below a folder, as images of the model; a line tells of each kind of change."""
+    files = picture_files(path) if path.is_dir() else [path]
+    if n_images is not None and n_images < len(files):
+        print(f"{n_images} of {len(files)} pictures, always the same ones")
+        files = [files[n] for n in sorted(positions(len(files), n_images).tolist())]
+    read = progress(files, desc="reading")
+    pictures = [read_image(file, model.image_shape, model.levels, **changes) for file in read]
+    tell(pictures)
+    return pictures
+
+
+def score_pictures(
+    model: Density, pictures: list[Picture], folder: Path, label: int | str | None, batch_size: int
+) -> dict[str, Any]:
+    """Bits per dimension of each picture, named as from a folder, in a table, and a picture of where they are spent."""
+    x = torch.stack([picture.pixels for picture in pictures])
+    y, how = classes_of(model, x, label, batch_size)
+    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    spent = torch.cat([model.bits_per_pixel(*batch).cpu() for batch in progress(batches, desc="scoring")])
+    bpd = spent.double().sum((1, 2)) / model.dims
+    rows = [
+        {"file": picture.file.relative_to(folder).as_posix(), "class": name, "bpd": one, "changes": picture.changes}
+        for picture, name, one in zip(pictures, model.called(y.tolist()), bpd.tolist(), strict=True)
+    ]
+    print(f"class: {how}")
+    print(table(rows[:SHOWN], float(bpd.mean())))
+    show_bits(model, x[:SHOWN], spent[:SHOWN], rows[:SHOWN])
+    if len(rows) > SHOWN:
+        print(f"shown: the first {SHOWN} of {len(rows)}; all are in evaluation.json")
+    return {"bpd": float(bpd.mean()), "classes": how, "pictures": rows}
+
+
+def classes_of(model: Density, x: Tensor, label: int | str | None, batch_size: int) -> tuple[Tensor, str]:
+    """Return the classes to score images given, int64 [N], and how they were chosen."""
+    if label is not None:
+        (number,) = model.class_numbers([label], f"label={label}")
+        return torch.full((len(x),), number), f"label={label}"
+    if len(model.classes) == 1:
+        return torch.full((len(x),), model.classes[0]), "the only one that the model knows"
+    how = "for each picture the likeliest by Bayes' rule, all equal beforehand (label=... sets it)"
+    return model.classify(x, None, batch_size).argmax(1), how
+
+
+def table(rows: list[dict[str, Any]], mean: float) -> str:
+    lines = [["file", "class", "bpd"]]
+    lines += [[printable(row["file"]), row["class"], f"{row['bpd']:.4f}"] for row in rows]
+    lines += [["mean", "", f"{mean:.4f}"]]
+    first, second, third = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(f"{file:{first}}  {name:>{second}}  {bpd:>{third}}" for file, name, bpd in lines)
+
+
+def show_bits(model: Density, x: Tensor, spent: Tensor, rows: list[dict[str, Any]]) -> None:
+    """Draw each image beside a map of its bits, in one scale for all."""
+    most = float(spent.max())
+    pairs = torch.stack([as_rgb(x, model.levels), heat(spent, most)], dim=1)
+    stems = [printable(Path(row["file"]).stem) for row in rows]
+    short = [stem if len(stem) <= LONGEST else stem[: LONGEST - 1] + "…" for stem in stems]
+    names = [f"{stem}: {row['class']}, {row['bpd']:.2f} bpd" for stem, row in zip(short, rows, strict=True)]
+    path = run_dir() / "bits_per_pixel.png"
+    save(tiled(pairs, names), path)
+    print(f"image, and where its bits are spent (black: none, white: {most:.1f} in a pixel): {relative(path)}")
 
 
 def bits_per_dimension(

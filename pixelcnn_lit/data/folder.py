@@ -6,7 +6,7 @@ import torch
 
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Images, Split
-from pixelcnn_lit.data.pictures import read_png
+from pixelcnn_lit.data.pictures import read_picture, tell
 from pixelcnn_lit.runs.terminal import progress
 
 
@@ -26,7 +26,9 @@ def _split(directory: Path, classes: list[str]) -> Split:
     files = [(file, label) for label, name in enumerate(classes) for file in sorted((directory / name).glob("*.png"))]
     if not files:
         raise UserError(f"{directory}: no images; it must hold <class>/*.png")
-    images = [read_png(file) for file, _ in progress(files, desc=f"reading {directory.name}")]
+    pictures = [read_picture(file) for file, _ in progress(files, desc=f"reading {directory.name}")]
+    tell(pictures)
+    images = [picture.pixels for picture in pictures]
     for (file, _), image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
             raise UserError(
