@@ -21,7 +21,7 @@ from pixelcnn_lit.config.build import check
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import image_data
 from pixelcnn_lit.data.images import channel_statistics
-from pixelcnn_lit.data.pictures import read_png
+from pixelcnn_lit.data.pictures import read_picture
 from pixelcnn_lit.lit.classifier_module import ClassifierModule, load_classifier
 from pixelcnn_lit.lit.metrics import per_class
 from pixelcnn_lit.runs.machine import Threads, take_threads
@@ -76,7 +76,7 @@ def train(
         "overrides": overrides,
     }
     picture = show_confusion(best.counted, data.class_names, run.directory / "confusion.png")
-    log_picture(fitter, "confusion", read_png(picture))
+    log_picture(fitter, "confusion", read_picture(picture).pixels)
     result = write_result(run.directory, result, fitted.throughput)
     log_result(fitter, result)
     print(closing_lines(result, picture, where_to_look(fitter)))

@@ -157,7 +157,7 @@ def test_a_training_returns_its_score_to_a_sweeper(tmp_path, monkeypatch, name, 
         return job
 
     monkeypatch.setattr(Hydra, "run", observed)
-    tiny = TINY if name == "train" else [*TINY[1:4], "classifier=cnn"]
+    tiny = TINY if name == "train" else [*TINY[1:4], "classifier.width=4", "classifier.n_residual=1"]
     for _ in range(2):  # the second finds it completed
         command(name, *tiny, "trainer.max_epochs=1", "skip_completed=true", f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "result.json").read_text())
