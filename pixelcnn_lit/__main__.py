@@ -41,7 +41,7 @@ def become(name: str, *typed: str) -> None:
 def overview() -> str:
     """Return the list of all commands, and what to type first."""
     first = [
-        (typed_as("sample ckpt=mnist"), "draw digits with weights that the package ships with"),
+        (typed_as("sample ckpt=mnist"), "draw digits with shipped weights"),
         (typed_as("train"), "train on small digits: half a minute on a CPU"),
         (typed_as("sample --help"), "what a command does, its settings, examples"),
     ]
