@@ -211,7 +211,7 @@ def test_folder_faults_are_named(tmp_path):
     with pytest.raises(UserError, match=r"odd\.png.*one size"):
         open_data("dataset=folder", f"dataset.path={tmp_path}")
     (tmp_path / "train" / "dog" / "odd.png").write_bytes(b"no PNG")
-    with pytest.raises(UserError, match=r"odd\.png: not a readable PNG"):
+    with pytest.raises(UserError, match=r"odd\.png: not a readable picture"):
         open_data("dataset=folder", f"dataset.path={tmp_path}")
 
 

@@ -1,10 +1,12 @@
 """People's pictures as levels, and back."""
 
+import contextlib
 import dataclasses
 import functools
+import graphlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +61,7 @@ def read_picture(file: Path, background: Background | None = None, settings: str
     if not file.is_file():
         raise UserError(f"{file}: {'is a folder; type one file' if file.is_dir() else 'no such file'}")
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=_formats()) as image:
+        with warnings.catch_warnings(action="ignore"), _opened(file) as image:
             decoded, changes = _decoded(image, file, background, settings)
     except UserError:
         raise
@@ -68,6 +70,13 @@ def read_picture(file: Path, background: Background | None = None, settings: str
     except Exception as error:  # damaged files lead to a dozen classes of errors
         raise UserError(f"{file}: not a readable picture ({first_line(error)}); save it anew") from error
     return Picture(file, _pixels(decoded), tuple(changes))
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    # Not by its name: Pillow would map a TIFF into memory that its EXIF orientation turns on its side, and scramble it.
+    with file.open("rb") as content, Image.open(content, formats=_formats()) as image:
+        yield image
 
 
 def _decoded(
@@ -199,12 +208,12 @@ def require_pictures(key: str, **settings: object) -> None:
 def tell(pictures: Sequence[Picture]) -> None:
     """Print what was changed in pictures, a line for each kind of change, in the order in which they were made."""
     files: dict[str, list[Path]] = {}
-    to_come: dict[str, int] = {}  # from here on, at most: the first changes have the most
+    order: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
     for picture in pictures:
         for n, change in enumerate(picture.changes):
             files.setdefault(change, []).append(picture.file)
-            to_come[change] = max(to_come.get(change, 0), len(picture.changes) - n)
-    for change in sorted(files, key=to_come.__getitem__, reverse=True):
+            order.add(change, *picture.changes[:n])
+    for change in order.static_order():
         those = files[change]
         which = relative(those[0]) if len(those) == 1 else f"{len(those)} of {len(pictures)} pictures"
         print(f"{which}: {change}")
@@ -240,7 +249,7 @@ def _is_hidden(path: Path) -> bool:
 def _is_picture(file: Path) -> bool:
     """Return whether Pillow recognizes a file; one that is damaged is a picture, too."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=_formats()):
+        with warnings.catch_warnings(action="ignore"), _opened(file):
             return True
     except UnidentifiedImageError:
         return False
