@@ -17,6 +17,7 @@ from helpers import command
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.fabric.strategies.launchers.subprocess_script import _hydra_subprocess_cmd
+from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -35,6 +36,7 @@ from pixelcnn_lit.runs.command import CONF
 from pixelcnn_lit.runs.run_dir import run_dir
 from pixelcnn_lit.runs.terminal import progress
 from pixelcnn_lit.training import run as training_run
+from pixelcnn_lit.training.loggers import where_to_look
 from pixelcnn_lit.training.sample_grid import SampleGrid
 
 ODD = " \t'\"\\$ `!#&()*,;:<=>?@[]^{|}~%+-./é日${${b}a3"
@@ -108,9 +110,11 @@ def test_every_command_that_is_printed_can_be_pasted_into_a_shell(tmp_path, monk
         directory = tmp_path / name
         training_run.print_resume_command(directory)
         lines.append(capsys.readouterr().out.partition("to resume, type: ")[2])
+        logged = SimpleNamespace(loggers=[TensorBoardLogger(directory, name="", version="")])
+        places = where_to_look(logged)
         for closing in (
-            train.closing_lines(result, directory, []),
-            train_classifier.closing_lines(result, directory, directory),
+            train.closing_lines(result, [], places),
+            train_classifier.closing_lines(result, directory, places),
         ):
             lines.append(closing.partition("look at it:")[2])
     calls = pasted(lines)

@@ -110,7 +110,7 @@ def where_to_look(trainer: L.Trainer) -> list[str]:
     for logger in trainer.loggers:
         match logger:
             case TensorBoardLogger():
-                places.append(shlex.join(["tensorboard", "--logdir", relative(logger.log_dir)]))
+                places.append(shlex.join(["tensorboard", "--logdir", relative(logger.save_dir)]))
             case CSVLogger():
                 places.append(relative(logger.path))
             case WandbLogger():
