@@ -74,7 +74,7 @@ def read_picture(file: Path, background: Background | None = None, settings: str
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Image.Image]:
-    # Not by its name: Pillow would map a TIFF into memory that its EXIF orientation turns on its side, and scramble it.
+    # Not by its name: Pillow 13 then maps an uncompressed TIFF into memory, and scrambles one that EXIF turns sideways.
     with file.open("rb") as content, Image.open(content, formats=_formats()) as image:
         yield image
 
@@ -145,7 +145,7 @@ def _orientation(image: Image.Image) -> int:
 def sized(picture: Picture, height: int, width: int, resize: bool) -> Picture:
     """Return it as large as an image [height,width]. Raises UserError where it is not, and `resize` is false.
 
-    It is scaled, antialiased, until it just covers the image, and what juts out on two sides is cropped.
+    It is scaled, antialiased, until it just covers the image, and cropped to the middle.
     """
     here = tuple(picture.pixels.shape[1:])
     if here == (height, width):
