@@ -159,10 +159,10 @@ def score_pictures(
 ) -> dict[str, Any]:
     """Bits per dimension of each picture, named as from a folder, in a table, and a picture of where they are spent."""
     x = torch.stack([picture.pixels for picture in pictures])
-    y, how = classes_of(model, x, label, batch_size)
+    y, nats, how = scored(model, x, label, batch_size)
     batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
     spent = torch.cat([model.bits_per_pixel(*batch).cpu() for batch in progress(batches, desc="scoring")])
-    bpd = spent.double().sum((1, 2)) / model.dims
+    bpd = (spent.double().sum((1, 2)) if nats is None else bits(nats)) / model.dims
     rows = [
         {"file": picture.file.relative_to(folder).as_posix(), "class": name, "bpd": one, "changes": picture.changes}
         for picture, name, one in zip(pictures, model.called(y.tolist()), bpd.tolist(), strict=True)
@@ -175,15 +175,20 @@ def score_pictures(
     return {"bpd": float(bpd.mean()), "classes": how, "pictures": rows}
 
 
-def classes_of(model: Density, x: Tensor, label: int | str | None, batch_size: int) -> tuple[Tensor, str]:
-    """Return the classes to score images given, int64 [N], and how they were chosen."""
+def scored(model: Density, x: Tensor, label: int | str | None, batch_size: int) -> tuple[Tensor, Tensor | None, str]:
+    """Return the classes of images, int64 [N], and -log p(x), float64 [N], or None where it is that of these classes.
+
+    The last string says which it is.
+    """
     if label is not None:
         (number,) = model.class_numbers([label], f"label={label}")
-        return torch.full((len(x),), number), f"label={label}"
+        return torch.full((len(x),), number), None, f"label={label}"
     if len(model.classes) == 1:
-        return torch.full((len(x),), model.classes[0]), "the only one that the model knows"
-    how = "for each picture the likeliest by Bayes' rule, all equal beforehand (label=... sets it)"
-    return model.classify(x, None, batch_size).argmax(1), how
+        return torch.full((len(x),), model.classes[0]), None, "the model's only class"
+    given = model.class_log_likelihoods(x, batch_size)
+    prior = torch.full((len(model.classes),), 1 / len(model.classes))
+    how = "the likeliest by Bayes' rule; bpd: of p(x), with a uniform prior of the classes (label=... sets one)"
+    return given.argmax(1), -marginal(given, prior), how
 
 
 def table(rows: list[dict[str, Any]], mean: float) -> str:
@@ -195,15 +200,15 @@ def table(rows: list[dict[str, Any]], mean: float) -> str:
 
 
 def show_bits(model: Density, x: Tensor, spent: Tensor, rows: list[dict[str, Any]]) -> None:
-    """Draw each image beside a map of its bits, in one scale for all."""
-    most = float(spent.max())
+    """Draw each image beside a map of its bits."""
+    most = model.uniform_bits
     pairs = torch.stack([as_rgb(x, model.levels), heat(spent, most)], dim=1)
     stems = [printable(Path(row["file"]).stem) for row in rows]
     short = [stem if len(stem) <= LONGEST else stem[: LONGEST - 1] + "…" for stem in stems]
     names = [f"{stem}: {row['class']}, {row['bpd']:.2f} bpd" for stem, row in zip(short, rows, strict=True)]
     path = run_dir() / "bits_per_pixel.png"
     save(tiled(pairs, names), path)
-    print(f"image, and where its bits are spent (black: none, white: {most:.1f} in a pixel): {relative(path)}")
+    print(f"image, and where its bits are spent (black: none, white: {most:.3g} or more in a pixel): {relative(path)}")
 
 
 def bits_per_dimension(

@@ -27,6 +27,7 @@ from pixelcnn_lit.density.warm_start import parts_of, taken_over
 from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative
+from pixelcnn_lit.runs.saved import checkpoint_file
 from pixelcnn_lit.runs.signals import Stopped
 from pixelcnn_lit.training.fit import fit, scores_line, write_result
 from pixelcnn_lit.training.loggers import log_result, where_to_look
@@ -66,13 +67,13 @@ def train(
     parts = {"model": model, "likelihood": likelihood, "conditional": conditional, "label_dropout": label_dropout}
     training = {"optimizer": optimizer, "scheduler": scheduler, **own}
     check("", DensityModule, training, known=["density"])
-    trained = load(init) if init and not run.start else None
+    trained = load(str(checkpoint_file(init, "init"))) if init and not run.start else None
     if trained:
         parts |= parts_of(trained, overrides)
     density = Density(**data.facts, label=data.label, dataset=dataset, **parts)
     if trained:
         rank_zero_only(print)(f"init={init}: {taken_over(density, trained)}")
-    rank_zero_only(print)(summary(density))
+    print_summary(density)
     module = DensityModule(density, **training)
     hparams = {"seed": seed, "init": init, "dataset": dataset, **parts, **training, "trainer": trainer}
     extra_config = {"sampler": sampler, "callbacks": callbacks, "logger": logger}
@@ -99,6 +100,11 @@ def train(
         print(closing_lines(result, grids, where_to_look(fitter)))
         return result
     return None
+
+
+@rank_zero_only
+def print_summary(density: Density) -> None:
+    print(summary(density))
 
 
 def closing_lines(result: dict[str, Any], grids: list[Path], places: list[str]) -> str:

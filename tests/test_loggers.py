@@ -4,7 +4,9 @@ import csv
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,12 @@ from hydra._internal.hydra import Hydra
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tiny import NETWORKS, make
 
+from pixelcnn_lit.density.summary import summary
 from pixelcnn_lit.lit.density_module import DensityModule
+from pixelcnn_lit.scoring import plots
+from pixelcnn_lit.training import callbacks
 from pixelcnn_lit.training.loggers import CSVLogger, with_run_ids
 
 TWO = ["trainer.max_epochs=2", "callbacks.samples.every_n_epochs=0"]
@@ -32,7 +38,7 @@ def test_a_killed_and_resumed_run_leaves_the_rows_of_one_that_never_was(tmp_path
     with killed(DensityModule, "training_step", after=5):
         command("train", *own, f"run_dir={tmp_path}/cut")
     with (tmp_path / "cut" / "metrics.csv").open("a", encoding="utf-8") as file:
-        file.write("5,0.0")  # as of a row that was being written
+        file.write("1")  # the beginning of a row that was being written
     command("train", f"ckpt={tmp_path}/cut")
     whole, cut = rows(tmp_path / "whole"), rows(tmp_path / "cut")
     assert [row["step"] for row in cut] == [row["step"] for row in whole]
@@ -53,6 +59,46 @@ def test_a_new_column_moves_no_value(tmp_path):
         ["2", "3.0", "", "4.0"],
         ["3", "", "5.0", ""],
     ]
+
+
+def test_another_logger_may_be_chosen_for_a_resumed_run(tmp_path):
+    one_run(tmp_path, "trainer.max_epochs=1", "logger=csv")
+    for logger, left in (("none", 1), ("[csv,tensorboard]", 2)):
+        before = len(rows(tmp_path))
+        command("train", f"ckpt={tmp_path}", f"logger={logger}", f"trainer.max_epochs={left + 1}")
+        assert (len(rows(tmp_path)) > before) == (logger != "none")
+    assert list(tmp_path.glob("events*"))
+
+
+@pytest.mark.parametrize(
+    "untrusted",
+    [
+        {"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "name": "/somewhere/else"}},
+        {"mine": {"_target_": "lightning.pytorch.loggers.MLFlowLogger", "tracking_uri": "http://else.where"}},
+        {"wandb": {"_target_": "lightning.pytorch.loggers.WandbLogger", "settings": {"api_key": "theirs"}}},
+        {"tensorboard": {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "sub_dir": "../.."}},
+        {"csv": 3},
+    ],
+)
+def test_an_untrusted_run_chooses_no_logger_that_writes_or_sends_elsewhere(tmp_path, run, untrusted):
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "checkpoints")
+    config = OmegaConf.load(run / "config.yaml")
+    config.logger = untrusted
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    line = refused("train", f"ckpt={tmp_path}", "trainer.max_epochs=3")
+    assert "has settings that are taken from no file; type logger=... again" in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("+logger.mine=3", "logger.mine: must be settings with a _target_"),
+        ("+logger.mine._target_=os.system", "_target_=os.system: not a Logger of"),
+    ],
+)
+def test_what_is_no_logger_gets_one_line(tmp_path, setting, message):
+    assert message in refused("train", *TINY, setting, f"run_dir={tmp_path}")
 
 
 def test_several_loggers_at_once_or_none(tmp_path):
@@ -94,7 +140,8 @@ def test_a_new_run_gets_an_id_which_a_resumed_one_keeps():
 @pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
 def test_a_logger_that_is_not_installed_gets_one_line(tmp_path):
     line = refused("train", *TINY, "logger=wandb", f"run_dir={tmp_path}")
-    assert line == "error: logger.wandb: is not installed; type pip install -e '.[wandb]'"
+    assert line.endswith("; type pip install -e '.[wandb]'")
+    assert line.startswith("error: logger.wandb: ")
 
 
 @pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
@@ -117,13 +164,17 @@ def test_the_course_of_a_run_is_that_of_its_validations(tmp_path):
     assert [point["val/bpd"] for point in result["history"]] == pytest.approx([event.value for event in metrics])
 
 
-def test_a_sweep_ends_with_its_table_and_its_curves(tmp_path, capsys):
+def test_a_sweep_ends_with_its_table_and_its_curves(tmp_path, capsys, monkeypatch):
+    lines, draw = [], plots.show_lines
+    monkeypatch.setattr(plots, "show_lines", lambda drawn, *own: lines.append(drawn) or draw(drawn, *own))
     swept = ["-m", *TINY, "trainer.max_epochs=1", "callbacks.samples.every_n_epochs=0", "seed=0,1"]
     command("train", *swept, f"run_dir={tmp_path}")
-    table = capsys.readouterr().out.partition("the sweep lies in ")[2]
+    table = capsys.readouterr().out.partition("all runs of the sweep: ")[2]
     scores = [json.loads((tmp_path / job / "result.json").read_text())["val/bpd"] for job in ("0", "1")]
     assert [f"{score:.4f}" in table for score in scores] == [True, True]
     assert "curves_bpd.png" in table
+    (drawn,) = lines
+    assert drawn == {f"{job}: seed={job}": [(64, score)] for job, score in zip(("0", "1"), scores, strict=True)}
     assert (tmp_path / "curves_bpd.png").is_file()
 
 
@@ -162,3 +213,30 @@ def test_a_training_returns_its_score_to_a_sweeper(tmp_path, monkeypatch, name, 
         command(name, *tiny, "trainer.max_epochs=1", "skip_completed=true", f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "result.json").read_text())
     assert returned == [result[score]] * 2
+    best = EventAccumulator(str(tmp_path)).Reload().Scalars(f"best/{score.replace('/', '_')}")
+    assert [event.value for event in best] == pytest.approx([result[score]])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_telling_of_a_model_changes_nothing_in_it(network):
+    model = make(network, "categorical").train()
+    before, chance = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    line = summary(model)
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in line
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert model.training
+
+
+def test_an_epochs_loss_is_logged_from_the_device_of_the_module():
+    """Between several GPUs it is summed there."""
+    logged: dict = {}
+    module = SimpleNamespace(
+        device=torch.device("meta"),
+        training_figures=lambda loss: {"bpd": loss},
+        log_dict=lambda figures, **_: logged.update(figures),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "trained", lambda module: module)
+        callbacks.TrainingLoss().on_train_epoch_end(None, module)
+    assert logged["train/bpd"].device == module.device

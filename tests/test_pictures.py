@@ -23,7 +23,7 @@ from pixelcnn_lit.data.folder import folder
 from pixelcnn_lit.data.pictures import picture_files, read_image, read_picture, tell
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
-from pixelcnn_lit.evaluate import classes_of
+from pixelcnn_lit.evaluate import scored
 
 LOSSLESS = {"PNG": {}, "BMP": {}, "TIFF": {}, "GIF": {}, "PPM": {}, "TGA": {}, "WEBP": {"lossless": True}}
 CONVERTED = {("BMP", "LA"), ("PPM", "LA"), ("PPM", "P"), ("PPM", "RGBA"), ("BMP", "RGBA")}  # Pillow cannot write these
@@ -483,7 +483,8 @@ def test_evaluate_tells_the_bits_of_each_picture_of_a_folder_and_reads_no_datase
     command("evaluate", *asked, "images=drawings", "dataset.batch_size=3")
     said = capsys.readouterr().out
     y = model.classify(x).argmax(1)
-    bpd = model.nats(x, y).double() / math.log(2) / 64
+    given = torch.stack([-model.nats(x, [label] * len(x)) for label in range(10)], dim=1).double()
+    bpd = -(given.logsumexp(1) - math.log(10)) / math.log(2) / 64  # of p(x): the sum over y of p(x | y) / 10
     result = json.loads(Path("out/evaluation.json").read_text())
     assert [row["file"] for row in result["pictures"]] == files
     assert [row["class"] for row in result["pictures"]] == [str(int(label)) for label in y]
@@ -494,7 +495,7 @@ def test_evaluate_tells_the_bits_of_each_picture_of_a_folder_and_reads_no_datase
     assert result | own == result
     assert "drawings: files left out that are no pictures: 1 (notes.txt)" in said
     assert "4 of 4 pictures: inverted" in said
-    assert "class: for each picture the likeliest by Bayes' rule" in said
+    assert "class: the likeliest by Bayes' rule" in said
     table = [line.split() for line in said.splitlines()]
     for file, label, one in zip(files[:3], y.tolist(), bpd.tolist(), strict=False):
         assert [*file.split(), str(label), f"{one:.4f}"] in table
@@ -531,11 +532,11 @@ def test_a_model_that_knows_one_class_or_none_asks_for_none():
         (density("pixelcnn", "categorical", conditional=False), 3),
         (density("pixelcnn", "categorical", num_classes=1, class_names=["a"]), 0),
     ):
-        y, how = classes_of(model, x, None, batch_size=2)
-        assert (y.tolist(), how) == ([number] * 3, "the only one that the model knows")
+        y, nats, how = scored(model, x, None, batch_size=2)
+        assert (y.tolist(), nats, how) == ([number] * 3, None, "the model's only class")
         assert model.bits_per_pixel(x, y).shape == (3, 4, 5)
     with pytest.raises(UserError, match="label=a: this model was trained on no classes"):
-        classes_of(density("pixelcnn", "categorical", conditional=False), x, "a", batch_size=2)
+        scored(density("pixelcnn", "categorical", conditional=False), x, "a", batch_size=2)
 
 
 @pytest.mark.parametrize(

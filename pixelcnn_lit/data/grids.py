@@ -54,16 +54,17 @@ def _margin(names: Sequence[str], height: int, total: int) -> Tensor:
     return torch.from_numpy(np.asarray(margin).copy()).permute(2, 0, 1)
 
 
-def heat(bits: Tensor, most: float | None = None) -> Tensor:
+def heat(bits: Tensor, most: float) -> Tensor:
     """Return where bits are spent as pictures, from black for none over red and yellow to white for `most`.
 
     Args:
-        bits: [...,H,W], as of `Density.bits_per_pixel`. most: the largest of them, if no other number is given.
+        bits: [...,H,W], as of `Density.bits_per_pixel`.
+        most: for pictures that compare, the same in all: `Density.uniform_bits`, for example.
 
     Returns:
         RGB uint8 [...,3,H,W].
     """
-    share = 3 * bits.cpu().clamp_min(0) / max(float(bits.max()) if most is None else most, 1e-9)
+    share = 3 * bits.cpu().clamp_min(0) / most
     ramps = torch.stack([share, share - 1, share - 2], dim=-3)  # red is full before green begins, then blue
     return (255 * ramps.clamp(0, 1)).round().to(torch.uint8)
 

@@ -23,6 +23,8 @@ def npz(path: str) -> Images:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             train, test = (_split(path, archive, part) for part in ("train", "test"))
             names = archive["class_names"].tolist() if "class_names" in archive else None
+    except UserError:
+        raise
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError, MemoryError) as error:
         cause = error if zipfile.is_zipfile(path) else "not a zip archive"
         raise UserError(f"dataset.path={path}: no npz file, or a damaged one ({cause}); make it anew") from error

@@ -119,6 +119,11 @@ class Density(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def uniform_bits(self) -> float:
+        """The bits of a pixel to a uniform model: channels times log2 of the levels."""
+        return self.image_shape[0] * math.log2(self.levels)
+
+    @property
     def dtype(self) -> torch.dtype:
         """In which the network computes, where no autocast changes it."""
         return next(self.network.parameters()).dtype
@@ -215,9 +220,14 @@ class Density(nn.Module):
         self._require_images(x)
         if not self.conditional:
             raise UserError("this model knows no classes; train one with conditional=true")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: must be 1 or more")
+        if prior is None:
+            prior = torch.full((self.num_classes,), 1 / self.num_classes)
+        if not isinstance(prior, Tensor) or prior.shape != (self.num_classes,) or not bool((prior >= 0).all()):
+            raise UserError(f"prior: {_described(prior)}; give a torch.Tensor of shares, [{self.num_classes}]")
         with eval_mode(self):
-            given = self.class_log_likelihoods(x, batch_size)
-        return posterior(given, torch.ones(self.num_classes) if prior is None else prior)
+            return posterior(self.class_log_likelihoods(x, batch_size), prior)
 
     @torch.no_grad()
     def class_log_likelihoods(self, x: Tensor, batch_size: int) -> Tensor:
@@ -296,7 +306,7 @@ class Density(nn.Module):
         """Return images and their classes on the model's device, which they are in its terms. Raises UserError."""
         self._require_images(x)
         if isinstance(y, list | tuple):
-            y = torch.tensor(self.class_numbers(y, "y"))
+            y = torch.tensor(self.class_numbers(y, "y") if y else [], dtype=torch.int64)
         if not _holds_integers(y) or y.shape != x.shape[:1]:
             raise UserError(f"y: {_described(y)}; give the class of each image, a torch.Tensor, int64 [{len(x)}]")
         if len(y) and self.conditional:

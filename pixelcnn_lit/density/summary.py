@@ -4,6 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.samplers.walk import eval_mode
 
 
 def summary(density: Density) -> str:
@@ -24,6 +25,6 @@ def flops(density: Density) -> int:
     """Return the operations of a forward pass over one image, of dense kernels."""
     x = torch.zeros(1, *density.image_shape, dtype=torch.uint8, device=density.device)
     y = torch.tensor(density.classes[:1], device=density.device)
-    with FlopCounterMode(display=False) as counter:
+    with eval_mode(density), FlopCounterMode(display=False) as counter:
         density(x, y)
     return counter.get_total_flops()

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.density.density import Density
@@ -16,18 +17,36 @@ def parts_of(trained: Density, overrides: Iterable[str]) -> dict[str, Any]:
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key.partition(".")[0] in OWN:
-            raise UserError(f"{override}: init=... brings its own {', '.join(OWN)}; leave out one of the two")
+            raise UserError(f"{override}: init=... has a model and a likelihood of its own; leave out one of the two")
     return {key: trained.settings[key] for key in ("model", "likelihood")}
 
 
 @torch.no_grad()
 def taken_over(density: Density, trained: Density) -> str:
-    """Copy the weights of `trained` that have a counterpart of the same shape, and say in a line what was left out."""
-    mine, theirs = density.state_dict(), trained.state_dict()
-    left_out = [name for name in mine if name not in theirs or mine[name].shape != theirs[name].shape]
-    for name in mine.keys() - left_out:
-        mine[name].copy_(theirs[name])
-    if left_out == list(mine):
+    """Copy the weights of each module of `trained` whose shapes all fit, and say in a line what was left out.
+
+    Raises UserError where nothing fits.
+    """
+    mine, theirs = _by_module(density), _by_module(trained)
+    fit = [name for name, own in mine.items() if _shapes(own) == _shapes(theirs.get(name, {}))]
+    if not fit:
         raise UserError("init: none of its weights fit this data; leave it out")
-    count = f"{len(mine) - len(left_out)} of {len(mine)} tensors"
-    return f"{count}; not {', '.join(left_out)}, which are of another shape" if left_out else count
+    for module in fit:
+        for name, weight in mine[module].items():
+            weight.copy_(theirs[module][name])
+    left_out = [name for name in mine if name not in fit]
+    count = f"weights of {len(fit)} of {len(mine)} modules"
+    return f"{count}; as they are drawn, since their shapes differ: {', '.join(left_out)}" if left_out else count
+
+
+def _by_module(density: Density) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each module, those of its parametrizations among them."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, weight in density.state_dict().items():
+        module = name.partition(".parametrizations")[0] if ".parametrizations" in name else name.rpartition(".")[0]
+        found.setdefault(module, {})[name] = weight
+    return found
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}

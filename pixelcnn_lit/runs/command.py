@@ -70,8 +70,9 @@ def _end_sweep(name: str) -> None:
     directory = sweep_directory()
     if directory and name in TRAINING:
         again = shlex.join(["python", "-m", "pixelcnn_lit.summarize", relative(directory)])
-        print(f"\nthe sweep lies in {relative(directory)}; its table again: {again}")
-        _imported("summarize").summarize(directory)
+        print(f"\nall runs of the sweep: {relative(directory)} (this table once more: {again})")
+        with contextlib.suppress(OSError, ValueError):  # the runs themselves have said what failed
+            _imported("summarize").summarize(directory)
 
 
 def _home_in_quotes(word: str) -> str:

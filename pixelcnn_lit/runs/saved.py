@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf, open_dict
 
 from pixelcnn_lit.config.errors import UserError, first_line
-from pixelcnn_lit.runs.places import WEIGHTS
+from pixelcnn_lit.runs.places import CONF, WEIGHTS
 from pixelcnn_lit.runs.run_dir import expanded, new_dir, relative, typed
 
 CONFIG = "config.yaml"  # beside the checkpoints: all settings of the run
@@ -24,10 +24,16 @@ NOT_SAVED = (
     "skip_completed",
     "debug",
 )  # are typed for one command, and are no settings of the run
-ELSEWHERE = ("path", "dir", "url", "uri", "host")  # in the name of a setting: where it is written to
 # Settings that runs of earlier releases did not have.
 SINCE_0_1_0 = {"logger": {"tensorboard": {"_target_": "lightning.pytorch.loggers.TensorBoardLogger"}}}
-MAY_CHANGE_ON_RESUME = ("trainer.", "callbacks.", "logger.", "dataset.root", "dataset.path", "threads")
+# The loggers, and those of their settings, that are taken from a file, which may be untrusted: none writes elsewhere or
+# sends what a run logs to somebody else's account.
+LOGGERS = {
+    "lightning.pytorch.loggers.TensorBoardLogger": set(),
+    "pixelcnn_lit.training.loggers.CSVLogger": set(),
+    "lightning.pytorch.loggers.WandbLogger": {"project", "name", "id", "offline", "tags"},
+}
+MAY_CHANGE_ON_RESUME = ("trainer.", "callbacks.", "dataset.root", "dataset.path", "threads")
 
 
 def run_of(ckpt: str | None, parent: str, name: str | None) -> str:
@@ -53,7 +59,7 @@ def checkpoint_file(ckpt: str, setting: str = "ckpt") -> Path:
 
     Of a run it is the checkpoint best on validation. Raises UserError where there is no such file.
     """
-    pretrained = {file.stem: file for file in WEIGHTS.glob("*.safetensors") if setting == "ckpt"}
+    pretrained = {file.stem: file for file in WEIGHTS.glob("*.safetensors") if setting != "classifier_ckpt"}
     known = ", ".join(["the path of a .ckpt or .safetensors, a RUN_DIR", *sorted(pretrained)])
     if ckpt == MISSING:
         raise UserError(f"{setting} is missing; type {setting}= and {known}")
@@ -129,14 +135,33 @@ def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
         raise UserError(
             f"{path}: damaged or not of this program ({first_line(error)}); it holds the settings"
         ) from error
-    for key, value in flat({group: saved[group] for group in ("callbacks", "logger")}).items():
-        name = key.rpartition(".")[2]
-        if value and (any(word in name for word in ELSEWHERE) or (name == "filename" and "/" in str(value))):
-            raise UserError(f"{path}: {key} would write elsewhere; remove it")
+    for name, callback in saved["callbacks"].items():
+        for key, value in callback.items() if isinstance(callback, dict) else ():
+            if value and ("path" in key or "dir" in key or (key == "filename" and "/" in str(value))):
+                raise UserError(f"{path}: callbacks.{name} would write elsewhere; remove its {key}")
+    saved["logger"] = _loggers(path, saved["logger"], changes)
     if changes:
         both = [*saved["overrides"], *changes]
         saved = _changed(saved, before, _composed(both), _composed(both, resolve=True))
         saved["overrides"] += [override for override in changes if override not in saved["overrides"]]
+    return saved
+
+
+def _loggers(path: Path, saved: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Return the loggers of a resumed run: those typed among the `changes`, if any, or those saved in `path`.
+
+    Raises UserError where settings that LOGGERS does not list are saved, and not typed again.
+    """
+    typed = [change for change in changes if change.lstrip("+~").partition("=")[0].partition(".")[0] == "logger"]
+    if typed:
+        known = [name for name in saved if (CONF / "logger" / f"{name}.yaml").is_file()]
+        now = _composed([f"logger=[{','.join(known) or 'none'}]", *typed], resolve=True)["logger"]
+        kept = {name: own["id"] for name, own in saved.items() if isinstance(own, dict) and own.get("id")}
+        return {name: own | {"id": kept[name]} if name in kept else own for name, own in now.items()}
+    for name, own in saved.items():
+        target = own.get("_target_") if isinstance(own, dict) else None
+        if target not in LOGGERS or not own.keys() <= LOGGERS[target] | {"_target_"}:
+            raise UserError(f"{path}: logger.{name} has settings that are taken from no file; type logger=... again")
     return saved
 
 
@@ -153,18 +178,19 @@ def _changed(
     saved: dict[str, Any], before: dict[str, Any], after: dict[str, Any], resolved: dict[str, Any]
 ) -> dict[str, Any]:
     """Return `saved` with what differs between `before` and `after` as it is when `resolved`."""
-    kept, old, new, values = (flat(config) for config in (saved, before, after, resolved))
+    logger = saved["logger"]  # which is as it was typed
+    kept, old, new, values = (flat({**config, "logger": {}}) for config in (saved, before, after, resolved))
     for key in sorted({**old, **new}, key=lambda key: not key.endswith("_target_")):  # another choice first
         if key in old and key in new and old[key] == new[key]:
             continue
         if not key.startswith(MAY_CHANGE_ON_RESUME):
             raise UserError(
                 f"{key} is {old.get(key)} in the run and {new.get(key)} here; a resumed run keeps its own settings: "
-                "type trainer.*, callbacks.* and threads alone"
+                "type trainer.*, callbacks.*, logger.* and threads alone"
             )
         kept = {name: value for name, value in kept.items() if not _is_in(name, key)}
         kept |= {name: value for name, value in values.items() if _is_in(name, key) and key in new}
-    return _nested(kept)
+    return _nested(kept) | {"logger": logger}
 
 
 def _is_in(name: str, key: str) -> bool:

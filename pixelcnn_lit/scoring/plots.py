@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pixelcnn_lit.scoring.samples import SampleScores
 
+MOST_NAMES = 20  # lines in a picture that are named: more would leave no room for it
+
 
 def show_confusion(counted: Tensor, class_names: list[str], path: Path) -> Path:
     """A confusion matrix [class, class that it was taken for] as PNG, each row as shares."""
@@ -42,12 +44,14 @@ def show_histogram(bpd: dict[str, Tensor], path: Path) -> Path:
 
 def show_lines(lines: dict[str, list[tuple[float, float]]], x: str, y: str, path: Path) -> Path:
     """Lines of points (x, y), by name, as PNG."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    height = 4.5 + 0.2 * min(len(lines), MOST_NAMES)
+    figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
         axes.plot(*zip(*points, strict=True), ".-", label=name)
     axes.set(xlabel=x, ylabel=y)
-    axes.legend(fontsize="small")
+    if len(lines) <= MOST_NAMES:
+        figure.legend(loc="outside lower center", fontsize="small", ncols=1)
     figure.savefig(path)
     return path
 

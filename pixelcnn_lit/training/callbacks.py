@@ -157,7 +157,7 @@ class TrainingLoss(Callback):
         return total / batches if batches else math.nan
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        figures = trained(pl_module).training_figures(torch.tensor(self.mean()))
+        figures = trained(pl_module).training_figures(torch.tensor(self.mean(), device=pl_module.device))
         pl_module.log_dict({f"train/{name}": value for name, value in figures.items()}, sync_dist=True)
 
 

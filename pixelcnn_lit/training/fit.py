@@ -38,7 +38,7 @@ from pixelcnn_lit.training.callbacks import (
     ValidateAtMaxSteps,
 )
 from pixelcnn_lit.training.checkpoint_io import AtomicCheckpointIO
-from pixelcnn_lit.training.loggers import close_loggers, make_loggers, with_run_ids
+from pixelcnn_lit.training.loggers import open_loggers, with_run_ids
 from pixelcnn_lit.training.resume import SeedEveryStep
 from pixelcnn_lit.training.run import Run
 from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_threads
@@ -87,11 +87,10 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         saved_with |= without_validation(saved_with)
     saved_with["logger"] = with_run_ids(saved_with["logger"])
     extras = [build_callback(name, own, run.directory) for name, own in saved_with["callbacks"].items()]
-    if not saved_with["logger"]:  # which this one refuses to do without
+    if not saved_with["logger"]:  # LearningRateMonitor refuses to do without
         extras = [callback for callback in extras if not isinstance(callback, LearningRateMonitor)]
     saved = load_resume_state(str(run.start), module, data, extras) if run.start else {}
-    loggers = make_loggers(saved_with["logger"], run.directory, saved.get("global_step"))
-    run.closing.callback(close_loggers, loggers)
+    loggers = open_loggers(saved_with["logger"], run.directory, saved.get("global_step"), run.closing)
     begun = SaveConfig(run.directory, saved_with)
     throughput = Throughput()
     kept = KeepFigures(throughput)
@@ -121,6 +120,8 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         module.double()  # Lightning does so when it has loaded a checkpoint, which would be rounded
     try:
         trainer.fit(module, data, ckpt_path=run.start, weights_only=True)
+    except UserError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if run.start and not begun.training:  # what Lightning restores from it is not what it should be
             raise UserError(f"ckpt={run.start}: cannot be resumed from ({first_line(error)})") from error

@@ -1,11 +1,14 @@
 """Loggers: scalars, pictures, settings and results of a run, in one or several places at once."""
 
 import csv
+import inspect
 import io
 import json
 import secrets
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,44 +27,63 @@ from pixelcnn_lit.runs.run_dir import relative
 def with_run_ids(config: dict[str, Any]) -> dict[str, Any]:
     """Return the loggers of a new run, with what a resumed one must find saved to continue the same curves."""
     return {
-        name: own | {"id": secrets.token_hex(4)} if _is_wandb(own) and not own.get("id") else own
+        name: own | {"id": secrets.token_hex(4)} if _kind(name, own) is WandbLogger and not own.get("id") else own
         for name, own in config.items()
     }
 
 
-def make_loggers(config: dict[str, Any], directory: Path, step: int | None) -> list[Logger]:
-    """Return the loggers of conf/logger, which write into a run's directory. Raises UserError.
+def open_loggers(config: dict[str, Any], directory: Path, step: int | None, closing: ExitStack) -> list[Logger]:
+    """Return the loggers of conf/logger, which write into a run's directory, and are closed with it. Raises UserError.
 
     Args:
-        step: at which the run is resumed; what it logged after that is dropped.
+        step: at which the run is resumed; TensorBoard and CSV drop what was logged after it.
     """
-    return [_make(f"logger.{name}", own, directory, step) for name, own in config.items()]
+    loggers = []
+    for name, own in config.items():
+        loggers.append(_open(name, own, directory, step))
+        closing.push(partial(_close, loggers[-1]))
+    return loggers
 
 
-def _make(where: str, config: dict[str, Any], directory: Path, step: int | None) -> Logger:
-    kind = resolve(config.get("_target_"), Logger)
-    facts: dict[str, Any] = {"save_dir": str(directory)}
+def _kind(name: str, config: object) -> Callable[..., Any]:
+    """Return the class of a logger. Raises UserError where its settings name none."""
+    if not isinstance(config, dict) or not isinstance(config.get("_target_"), str):
+        raise UserError(f"logger.{name}: must be settings with a _target_; leave it out")
+    return resolve(config["_target_"], Logger)
+
+
+def _open(name: str, config: dict[str, Any], directory: Path, step: int | None) -> Logger:
+    where, kind = f"logger.{name}", _kind(name, config)
+    facts: dict[str, Any] = {"save_dir": str(directory)} if "save_dir" in inspect.signature(kind).parameters else {}
     if kind is TensorBoardLogger:
         facts |= {"name": "", "version": "", "default_hp_metric": False, "purge_step": step}
     if kind is CSVLogger:
         facts |= {"purge_step": step}
-    if _is_wandb(config):
+    if kind is WandbLogger:
+        facts |= {"settings": {"quiet": True}}
         config = config | {"name": config.get("name") or directory.name}
     try:
         logger = build(where, config, Logger, **facts)
-        if isinstance(logger, WandbLogger):
+        if kind is WandbLogger:
             _ = logger.experiment  # refuses a missing key now, where it can be told in a line
     except UserError as error:
         if isinstance(error.__cause__, ModuleNotFoundError):
-            raise UserError(f"{where}: is not installed; type pip install -e '.[wandb]'") from error
+            package = "-e '.[wandb]'" if kind is WandbLogger else "what it requires"
+            raise UserError(f"{where}: {first_line(error.__cause__)}; type pip install {package}") from error
         raise
-    except Exception as error:  # those of wandb
+    except Exception as error:
+        if kind is not WandbLogger:
+            raise
         raise UserError(f"{where}: {first_line(error)} (type {where}.offline=true to send nothing)") from error
     return logger
 
 
-def _is_wandb(config: dict[str, Any]) -> bool:
-    return resolve(config.get("_target_"), Logger) is WandbLogger
+def _close(logger: Logger, *error: object) -> None:
+    """End what outlives a run; W&B would take the next job of a sweep for the same one. `error`: as of __exit__."""
+    if rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]
+        logger.finalize("failed" if error[0] else "success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=1 if error[0] else 0)
 
 
 @rank_zero_only
@@ -120,15 +142,8 @@ def where_to_look(trainer: L.Trainer) -> list[str]:
     return places
 
 
-def close_loggers(loggers: Sequence[Logger]) -> None:
-    """End what outlives a run: W&B would take the next job of a sweep for the same one."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]
-            logger.experiment.finish()
-
-
 class CSVLogger(Logger):
-    """Scalars in metrics.csv, a row a logged step.
+    """Scalars in metrics.csv, a row for each time that something is logged.
 
     Lightning's own deletes the file when a run is resumed, and rewrites it in place whenever a column is new.
 
@@ -180,7 +195,6 @@ class CSVLogger(Logger):
     def _continue(self) -> None:
         """Begin the file with what an earlier part of the run has logged up to where it is resumed."""
         before = [] if self.purge_step is None else _rows(self.path)
-        # What was written as the program was killed may end inside a row.
         kept = [row for row in before if row["step"].isdigit() and int(row["step"]) < (self.purge_step or 0)]
         self.last_kept = [row for row in kept if row["step"] == kept[-1]["step"]]
         self._rewrite(list(kept[0]) if kept else ["step"], kept)
@@ -195,7 +209,8 @@ class CSVLogger(Logger):
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a file that are whole."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a kill may have left a part of a row
+    return list(csv.DictReader(whole.splitlines()))

@@ -22,7 +22,6 @@ from pixelcnn_lit.runs.signals import Stopped, stop_if_noted
 from pixelcnn_lit.training.loggers import log_picture
 
 PAIRS = 2  # images of each class beside maps of their bits
-BATCH = 64  # images that are scored at a time
 
 
 def density_of(module: L.LightningModule) -> Density:
@@ -84,16 +83,16 @@ class SampleGrid(Callback):
     def _show_bits(self, trainer: L.Trainer, density: Density) -> None:
         """Show some validation images, and where their bits are spent beside each."""
         data: ImageData = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        split = data.validation if len(data.validation) else data.test
+        split = data.validation if len(data.validation) else data.train
         images = first_of_each_class(split, density.num_classes, PAIRS)  # [K,n,C,H,W]
         x = images.flatten(0, 1)
         y = torch.arange(len(images)).repeat_interleave(PAIRS)
-        batches = zip(x.split(BATCH), y.split(BATCH), strict=True)
+        batches = zip(x.split(data.batch_size), y.split(data.batch_size), strict=True)
         bits = torch.cat([density.bits_per_pixel(*batch).cpu() for batch in batches]).view(
             *images.shape[:2], *x.shape[-2:]
         )
         there = torch.arange(PAIRS) < torch.bincount(split.y, minlength=density.num_classes)[:, None]  # [K,n]
-        maps = heat(bits * there[:, :, None, None])
+        maps = heat(bits * there[:, :, None, None], density.uniform_bits)
         pairs = torch.stack([as_rgb(images, density.levels), maps], dim=2).flatten(1, 2)
         self._show(trainer, "bits_per_pixel", tiled(pairs, density.class_names))
 
