@@ -15,13 +15,16 @@ from hydra._internal.hydra import Hydra
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from tiny import NETWORKS, make
+from tiny import NETWORKS, density, make, open_data
 
+from pixelcnn_lit.data import grids
+from pixelcnn_lit.density.density import SAMPLER
 from pixelcnn_lit.density.summary import summary
 from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.scoring import plots
-from pixelcnn_lit.training import callbacks
+from pixelcnn_lit.training import callbacks, sample_grid
 from pixelcnn_lit.training.loggers import CSVLogger, with_run_ids
+from pixelcnn_lit.training.sample_grid import SampleGrid
 
 TWO = ["trainer.max_epochs=2", "callbacks.samples.every_n_epochs=0"]
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
@@ -179,10 +182,8 @@ def test_a_sweep_ends_with_its_table_and_its_curves(tmp_path, capsys, monkeypatc
 
 
 def test_a_picture_has_a_row_a_class_with_its_name():
-    from pixelcnn_lit.data.grids import grid
-
     images = torch.zeros(2, 3, 1, 8, 8, dtype=torch.uint8)
-    plain, named = grid(images, 17), grid(images, 17, ["cat", "a dog"])
+    plain, named = grids.grid(images, 17), grids.grid(images, 17, ["cat", "a dog"])
     assert torch.equal(named[:, :, -plain.shape[2] :], plain)
     margin = named[:, :, : -plain.shape[2]]
     halves = margin.chunk(2, dim=1)
@@ -190,9 +191,7 @@ def test_a_picture_has_a_row_a_class_with_its_name():
 
 
 def test_heat_grows_with_the_bits_from_black_to_white():
-    from pixelcnn_lit.data.grids import heat
-
-    colours = heat(torch.linspace(0, 6, 256)[None], most=6.0)  # [3,1,256]
+    colours = grids.heat(torch.linspace(0, 6, 256)[None], most=6.0)  # [3,1,256]
     assert colours[:, 0, 0].tolist() == [0, 0, 0]
     assert colours[:, 0, -1].tolist() == [255, 255, 255]
     assert (colours.int().sum(0).diff() >= 0).all()
@@ -240,3 +239,21 @@ def test_an_epochs_loss_is_logged_from_the_device_of_the_module():
         patch.setattr(callbacks, "trained", lambda module: module)
         callbacks.TrainingLoss().on_train_epoch_end(None, module)
     assert logged["train/bpd"].device == module.device
+
+
+def test_a_map_of_bits_stands_beside_its_image_and_is_black_where_a_class_has_none(tmp_path, monkeypatch):
+    model = density("pixelcnn", "categorical", image_shape=(1, 8, 8), num_classes=10, class_names=list("abcdefghij"))
+    data = open_data()
+    ones = (data.validation.y == 1).nonzero()[:, 0]
+    data.validation = data.validation[torch.cat([(data.validation.y != 1).nonzero()[:, 0], ones[:1]])]
+    tiles = []
+    monkeypatch.setattr(sample_grid, "tiled", lambda pictures, names: tiles.append(pictures) or grids.tiled(pictures))
+    trainer = SimpleNamespace(datamodule=data, default_root_dir=tmp_path, loggers=[], global_step=0)
+    SampleGrid({"_target_": SAMPLER})._show_bits(trainer, model)
+    (drawn,) = tiles  # [K,2n,3,H,W]: image, map, image, map
+    for label in range(10):
+        x = data.validation.x[data.validation.y == label][:2]
+        maps = grids.heat(model.bits_per_pixel(x, [label] * len(x)), model.uniform_bits)
+        assert torch.equal(drawn[label, ::2][: len(x)], grids.as_rgb(x, model.levels))
+        assert torch.equal(drawn[label, 1::2][: len(x)], maps)
+        assert len(x) == 2 or not drawn[label, 3].any()

@@ -41,8 +41,9 @@ SHOWN = re.findall(
 )
 
 
-def test_the_readme_is_short():
+def test_the_readme_is_short_and_no_page_is_unfinished():
     assert len(README.splitlines()) <= 250
+    assert not [name for name, text in PAGES.items() if "TODO" in text]
 
 
 def name_of(experiment: Path) -> str:
@@ -199,6 +200,19 @@ def test_the_public_api_does_what_its_page_says():
             model.nats(wrong, y[: len(wrong)])
     with pytest.raises(UserError, match="y: this model was trained on"):
         model.nats(x[:2], torch.tensor([3, 11]))
+    assert torch.equal(model.nats(x, ["3", 3, "7", 7]), model.nats(x, y))
+    assert model.nats(x[:0], []).shape == (0,)
+    given = torch.stack([-model.nats(x, [label] * 4) for label in range(10)], dim=1).double()
+    assert torch.allclose(model.classify(x, batch_size=3), given.log_softmax(1), atol=1e-5)
+    only_3 = torch.eye(10)[3]
+    assert model.classify(x, only_3).exp().round().argmax(1).tolist() == [3] * 4
+    for prior in ([0.1] * 10, torch.ones(3), -torch.ones(10)):
+        with pytest.raises(UserError, match=r"prior: .*give a torch\.Tensor of shares, \[10\]"):
+            model.classify(x, prior)
+    with pytest.raises(ValueError, match=r"x: torch\.float32"):
+        model.classify(x.float())
+    with pytest.raises(UserError, match="batch_size=0: must be 1 or more"):
+        model.classify(x, batch_size=0)
     with pytest.raises(UserError, match="this model was trained on"):
         model.sample(classes=["cat"])
     for wrong in (x.numpy(), x.tolist(), x.bool()):

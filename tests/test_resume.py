@@ -99,7 +99,7 @@ VARIANTS = {
     "no scheduler": ["~scheduler"],
     "another likelihood": ["likelihood=logistic_mixture"],
     "validations by steps": ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=4"],
-    "overfitted": ["+trainer.overfit_batches=2"],
+    "overfitted": ["trainer.overfit_batches=2"],
     "bf16-true": ["trainer.precision=bf16-true"],
     "64-true": ["trainer.precision=64-true"],
     "longer epochs": ["trainer.limit_train_batches=1.0", "dataset.batch_size=256", *PLATEAU],

@@ -186,7 +186,7 @@ def checkpoint(settings, tmp_path_factory) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["trainer.precision=64-true", "+trainer.detect_anomaly=true", "+trainer.overfit_batches=1"], None),
+        (["trainer.precision=64-true", "+trainer.detect_anomaly=true", "trainer.overfit_batches=1"], None),
         (["trainer.precision=bf16-true", "+trainer.inference_mode=false", "+trainer.profiler=simple"], None),
         (["trainer.precision=16-true", "trainer.limit_test_batches=1", "trainer.max_steps=0"], None),
         (["trainer.limit_test_batches=0"], "trainer.limit_test_batches=0: leaves none of 2 batches to score"),

@@ -86,7 +86,10 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     if not len(data.validation):
         saved_with |= without_validation(saved_with)
     saved_with["logger"] = with_run_ids(saved_with["logger"])
-    extras = [build_callback(name, own, run.directory) for name, own in saved_with["callbacks"].items()]
+    extras = [build_callback(name, own) for name, own in saved_with["callbacks"].items()]
+    for callback in extras:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(run.directory / "checkpoints")  # and not where the first logger would have it
     if not saved_with["logger"]:  # LearningRateMonitor refuses to do without
         extras = [callback for callback in extras if not isinstance(callback, LearningRateMonitor)]
     saved = load_resume_state(str(run.start), module, data, extras) if run.start else {}
@@ -130,8 +133,8 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     return Fitted(trainer, best, read_checkpoint(best)["scored"], kept.history, throughput, extras)
 
 
-def build_callback(name: str, config: dict[str, Any], directory: Path) -> Callback:
-    """A callback of the config, of a run in `directory`. Raises UserError for those that fit no module here."""
+def build_callback(name: str, config: dict[str, Any]) -> Callback:
+    """A callback of the config. Raises UserError for those of Lightning's own that fit no module here."""
     built = build(f"callbacks.{name}", config, Callback)
     unfit = {
         BatchSizeFinder: "trains before the run begins; type a sweep: -m dataset.batch_size=64,128",
@@ -141,8 +144,6 @@ def build_callback(name: str, config: dict[str, Any], directory: Path) -> Callba
     }
     if type(built) in unfit:
         raise UserError(f"callbacks.{name}: {type(built).__name__} {unfit[type(built)]}")
-    if isinstance(built, ModelCheckpoint) and built.dirpath is None:
-        built.dirpath = str(directory / "checkpoints")  # and not where the first logger would have it
     return built
 
 
