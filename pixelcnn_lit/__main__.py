@@ -3,6 +3,7 @@
 import difflib
 import runpy
 import sys
+from importlib.metadata import version
 
 from pixelcnn_lit.runs.help import column_of, docstring, section, table, typed_as
 from pixelcnn_lit.runs.signals import exit_on_signals
@@ -21,6 +22,8 @@ def main() -> None:
         case [] | ["help" | "--help" | "-h"]:
             print_what_can_be_printed()
             print(overview())
+        case ["--version"]:
+            print(version("pixelcnn_lit"))
         case ["help", name, *_]:
             become(name, "--help")
         case [name, *typed]:

@@ -42,7 +42,7 @@ def main(
     pixels, labels = images.flatten(0, 1).permute(0, 2, 3, 1), np.repeat(asked, images.shape[1])
     np.savez(directory / "samples.npz", images=pixels.numpy(), labels=labels)
     print(
-        f"{len(pixels)} images of classes {asked}{pace}: "
+        f"{len(pixels)} images of {', '.join(names)}{pace}: "
         f"{relative(directory / 'samples.png')} and samples.npz beside it"
     )
 

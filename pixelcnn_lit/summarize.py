@@ -41,18 +41,17 @@ def summarize(directory: Path) -> bool:
     done = {job: json.loads((job / "result.json").read_bytes()) for job in jobs if (job / "result.json").is_file()}
     for figure in FIGURES:
         scored = {job: result for job, result in done.items() if f"test/{figure}" in result}
-        _table(scored, figure)
-        _curves(scored, figure, directory)
+        if scored:
+            _table(scored, figure)
+            _curves(scored, figure, directory)
     for job in jobs:
         if job not in done:
-            overrides = shlex.join(_typed(job))
-            print(f"{'failed':>19}  {job}: {overrides}\n{'':>19}  {_reason(job)}")
+            state, reason = _state(job)
+            print(f"{state:>19}  {job}: {shlex.join(_typed(job))}\n{'':>19}  {reason}")
     return bool(jobs)
 
 
 def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
-    if not done:
-        return
     found = dict.fromkeys(key for result in done.values() for key in result if key.startswith("val/"))
     own = [key for key in found if key.removeprefix("val/") not in (figure, *LEFT_OUT)]  # figures of somebody's own
     columns = (f"val/{figure}", f"test/{figure}", *own, *COLUMNS)
@@ -60,31 +59,40 @@ def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
     print(*(f"{column:>19}" for column in columns), " job: overrides", sep="")
 
     def order(job: Path) -> tuple[str, float]:
-        return done[job]["label"], sign * done[job].get(columns[0], 0.0)  # without validation all are alike
+        return _scored_on(done[job]), sign * done[job].get(columns[0], 0.0)  # without validation all are alike
 
-    label = None
+    before = None
     for job in sorted(done, key=order):
         result = done[job]
-        if result["label"] != label:  # figures of different images do not compare
-            label = result["label"]
-            print(label)
-        cells = (_cell(result.get(column, "-")) for column in columns)
+        if _scored_on(result) != before:
+            before = _scored_on(result)
+            print(before)
+        cells = [_cell(result.get(column, "-")) for column in columns]
+        if error := result.get("test/bpd_standard_error"):
+            cells[1] += f" ± {error:.4f}"
         print(*(f"{cell:>19}" for cell in cells), f"  {job}: {shlex.join(result['overrides'])}", sep="")
 
 
+def _scored_on(result: dict[str, Any]) -> str:
+    """The images that a run is scored on: figures of different ones do not compare."""
+    validation = f"{result['val/images']} validation and " if "val/images" in result else ""
+    return f"{result['label']}: {validation}{result['test/images']} test images"
+
+
 def _curves(done: dict[Path, dict[str, Any]], figure: str, directory: Path) -> None:
-    """Draw the validations of runs over the images that each had been trained on, beside their table."""
-    alike = set.intersection(*(set(result["overrides"]) for result in done.values())) if done else set()
-    lines = {}
+    """Draw the validations of runs over the images that each had been trained on, a panel for each dataset."""
+    alike = set.intersection(*(set(result["overrides"]) for result in done.values()))
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for job, result in done.items():
         own = [override for override in result["overrides"] if override not in alike]
         points = [(each["images"], each[f"val/{figure}"]) for each in result.get("history", [])]
         if points:
-            lines[f"{job.relative_to(directory)}: {shlex.join(own)}"] = points
-    if lines:
+            name = f"{job.relative_to(directory)}: {shlex.join(own)}".removesuffix(": ")
+            panels.setdefault(result["label"], {})[name] = points
+    if panels:
         from pixelcnn_lit.scoring.plots import show_lines  # not above: a table alone needs no matplotlib
 
-        path = show_lines(lines, "images of training", f"val/{figure}", directory / f"curves_{figure}.png")
+        path = show_lines(panels, "training images seen", f"val/{figure}", directory / f"curves_{figure}.png")
         print(f"curves: {relative(path)}")
 
 
@@ -105,16 +113,15 @@ def _cell(value: int | float | str) -> str:
         return value
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.4f}" if value < 20 else f"{value:,.0f}"
 
 
-def _reason(job: Path) -> str:
+def _state(job: Path) -> tuple[str, str]:
+    """Return whether a run without a result failed or has not finished, and what is known of it."""
     error = job / "error.txt"
-    return (
-        error.read_text(encoding="utf-8").strip()
-        if error.is_file()
-        else "it left neither result.json nor error.txt: interrupted, or running"
-    )
+    if error.is_file():
+        return "failed", error.read_text(encoding="utf-8").strip()
+    return "unfinished", "it has left neither result.json nor error.txt: it was interrupted, or is running"
 
 
 if __name__ == "__main__":

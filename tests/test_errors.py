@@ -294,7 +294,7 @@ def test_a_class_the_model_does_not_know_is_refused(run, checkpoint):
         ("model.n_residual=3", "model.n_residual is 2 in the run and 3 here"),
         ("seed=3", "seed is 0 in the run and 3 here"),
         ("model_size=small", "model.hidden_channels is 16 in the run and 64 here"),
-        ("~scheduler", "a resumed run keeps its own settings"),
+        ("~scheduler", "may be changed when a run is resumed"),
         ("callbacks=samples", "saved with callbacks=default; type that"),
         ("trainer.max_epochs=abc", "trainer.max_epochs=abc: must be a whole number"),
     ],

@@ -176,7 +176,8 @@ def test_a_sweep_ends_with_its_table_and_its_curves(tmp_path, capsys, monkeypatc
     scores = [json.loads((tmp_path / job / "result.json").read_text())["val/bpd"] for job in ("0", "1")]
     assert [f"{score:.4f}" in table for score in scores] == [True, True]
     assert "curves_bpd.png" in table
-    (drawn,) = lines
+    (panels,) = lines
+    (drawn,) = panels.values()
     assert drawn == {f"{job}: seed={job}": [(64, score)] for job, score in zip(("0", "1"), scores, strict=True)}
     assert (tmp_path / "curves_bpd.png").is_file()
 

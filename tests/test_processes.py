@@ -84,6 +84,7 @@ def test_law_8_two_processes_score_like_one(place, norm):
     assert alone["images"] == both["images"] == 9
     assert both["nll"] == pytest.approx(alone["nll"], abs=1e-9, rel=0)
     assert both["bpd_per_class"] == pytest.approx(alone["bpd_per_class"], abs=1e-9, rel=0)
+    assert both["bpd_standard_error"] == pytest.approx(alone["bpd_standard_error"], abs=1e-9, rel=0)
 
 
 @pytest.mark.parametrize(

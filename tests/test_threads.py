@@ -164,7 +164,7 @@ def test_a_run_keeps_its_threads_and_its_grids_step_on_one(four_cores, monkeypat
     begun = train(*TINY, "trainer.max_epochs=1")
     assert begun == {"training": {4}, "grids": {1}, "saved": 4}
     assert initial[0] == 1  # the first weights do not depend on the cores
-    assert capsys.readouterr().out.splitlines()[1] == "4 of 4 CPU threads (type threads=1 beside other programs)"
+    assert capsys.readouterr().out.splitlines()[2] == "4 of 4 CPU threads (type threads=1 beside other programs)"
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr(machine, "cores", lambda: 8)
     assert train("ckpt=last", "trainer.max_epochs=2") == {"training": {4}, "grids": {2}, "saved": 4}

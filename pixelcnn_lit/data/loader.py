@@ -1,5 +1,6 @@
 """Batches gathered whole from one uint8 tensor, in an order that is a function of (seed, epoch)."""
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -98,10 +99,17 @@ def loader(dataset: Gather, batches: Batches, num_workers: int) -> LazyLoader:
         collate_fn=_whole,  # pyright: ignore[reportArgumentType]
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        multiprocessing_context=_start_method() if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=outlive_signals,
         generator=torch.Generator().manual_seed(0),  # else each epoch takes a number from the global stream
     )
+
+
+def _start_method() -> str:
+    """Return how workers are started: as Python would, but in joblib's processes, whose own method cannot."""
+    here, usual = multiprocessing.get_start_method(), multiprocessing.get_all_start_methods()
+    return here if here in usual else usual[0]
 
 
 def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

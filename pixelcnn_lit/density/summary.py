@@ -1,4 +1,4 @@
-"""A density in a line: how large it is, what it sees, what it costs."""
+"""A density in two lines: how large it is, what it costs, what it sees."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,8 +15,8 @@ def summary(density: Density) -> str:
     i, j = height // 2, width // 2
     seen = int(density.network.receptive_field(i, j).sum())
     return (
-        f"{name}: {parameters:,} parameters, {flops(density) / 1e9:.3g} GFLOP an image, "
-        f"sees {seen} of {i * width + j} pixels before"
+        f"{name}: {parameters:,} parameters, {flops(density) / 1e9:.3g} GFLOP an image\n"
+        f"receptive field of the centre pixel: {seen} of the {i * width + j} earlier pixels"
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def checkpoint_file(ckpt: str, setting: str = "ckpt") -> Path:
     if path.is_file() or best.is_file():
         return path if path.is_file() else best
     wrong = "no checkpoints/best.ckpt in it" if path.is_dir() else "no such file"
-    raise UserError(f"{setting}={ckpt}: {wrong}; type {known}")
+    near = "".join(f"did you mean {name}? " for name in get_close_matches(ckpt, pretrained, n=1))
+    raise UserError(f"{setting}={ckpt}: {wrong}; {near}type {known}")
 
 
 def last_checkpoint(directory: Path) -> Path:
@@ -185,8 +187,8 @@ def _changed(
             continue
         if not key.startswith(MAY_CHANGE_ON_RESUME):
             raise UserError(
-                f"{key} is {old.get(key)} in the run and {new.get(key)} here; a resumed run keeps its own settings: "
-                "type trainer.*, callbacks.*, logger.* and threads alone"
+                f"{key} is {old.get(key)} in the run and {new.get(key)} here; only trainer.*, callbacks.*, logger "
+                "and threads may be changed when a run is resumed"
             )
         kept = {name: value for name, value in kept.items() if not _is_in(name, key)}
         kept |= {name: value for name, value in values.items() if _is_in(name, key) and key in new}

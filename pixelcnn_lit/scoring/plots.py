@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pixelcnn_lit.scoring.samples import SampleScores
 
-MOST_NAMES = 20  # lines in a picture that are named: more would leave no room for it
+MOST_NAMES = 20  # lines in a panel that are named: more would leave no room for it
+LONGEST = 100  # characters of a name
 
 
 def show_confusion(counted: Tensor, class_names: list[str], path: Path) -> Path:
@@ -42,16 +43,17 @@ def show_histogram(bpd: dict[str, Tensor], path: Path) -> Path:
     return path
 
 
-def show_lines(lines: dict[str, list[tuple[float, float]]], x: str, y: str, path: Path) -> Path:
-    """Lines of points (x, y), by name, as PNG."""
-    height = 4.5 + 0.2 * min(len(lines), MOST_NAMES)
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots()
-    for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), ".-", label=name)
-    axes.set(xlabel=x, ylabel=y)
-    if len(lines) <= MOST_NAMES:
-        figure.legend(loc="outside lower center", fontsize="small", ncols=1)
+def show_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], x: str, y: str, path: Path) -> Path:
+    """Lines of points (x, y), by name, in panels by title, as PNG."""
+    named = [min(len(lines), MOST_NAMES) for lines in panels.values()]
+    figure = Figure(figsize=(9, 4 * len(panels) + 0.25 * sum(named)), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), ".-", label=name if len(name) < LONGEST else f"{name[:LONGEST]}…")
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.set_xlim(left=0)
+        if len(lines) <= MOST_NAMES:
+            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15), fontsize="small")
     figure.savefig(path)
     return path
 

@@ -15,7 +15,14 @@ from pixelcnn_lit.config.build import check
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.config.quoting import setting
 from pixelcnn_lit.runs.run_dir import relative, run_dir
-from pixelcnn_lit.runs.saved import find_resume_checkpoint, last_checkpoint, lock, saved_settings, typed_settings
+from pixelcnn_lit.runs.saved import (
+    MAY_CHANGE_ON_RESUME,
+    find_resume_checkpoint,
+    last_checkpoint,
+    lock,
+    saved_settings,
+    typed_settings,
+)
 from pixelcnn_lit.runs.signals import Stopped
 
 
@@ -81,12 +88,17 @@ def open_run(ckpt: str | None, settings: dict[str, Any], or_anew: bool) -> Itera
 
 
 def completed_result() -> dict[str, Any] | None:
-    """Return the result that the very run that is typed has left, if any. Raises UserError if another has."""
+    """Return the result that the run that is typed has left, if any. Raises UserError if another run has.
+
+    It may have been typed by its directory alone, and have been resumed with changes that a run may be resumed with.
+    """
     directory, typed = run_dir(), typed_settings()
     if not (directory / "result.json").is_file():
         return None
     result = json.loads((directory / "result.json").read_bytes())
-    if set(result["overrides"]) != set(typed):
+    more = set(result["overrides"]) - set(typed)
+    changes = all(override.lstrip("+~").startswith(MAY_CHANGE_ON_RESUME) for override in more)  # when it was resumed
+    if not set(typed) <= set(result["overrides"]) or not (changes or not typed):
         before = shlex.join(result["overrides"])
         raise UserError(f"run_dir={relative(directory)}: completed with {before}; type that, or another run_dir")
     print(f"{relative(directory)}: completed before, left alone")
