@@ -1,4 +1,4 @@
-"""Class-conditional PixelCNN image models: exact, tested, and a pleasure to read.
+"""Class-conditional PixelCNN image models: exact likelihoods, fast sampling, tested.
 
     import pixelcnn_lit
 

@@ -79,15 +79,17 @@ def main(
         result |= {"image": image, "changes": changes}
     if is_beginning(known):
         scores = {
-            "bpd of the images' own rest": conditional_bpd(model, x[:, None], y, known),
+            "bpd of the true remaining pixels": conditional_bpd(model, x[:, None], y, known),
             "bpd of the completions": conditional_bpd(model, drawn, y, known),
         }
-        print(*(f"{name} under the model, given what is kept: {value:.4f}" for name, value in scores.items()), sep="\n")
+        print(*(f"{name} given what is kept: {value:.4f}" for name, value in scores.items()), sep="\n")
         result |= scores
     else:
         print("not the conditional: kept pixels stand behind drawn ones")
     atomic_write_text(directory / "completions.json", json.dumps(result, indent=2))
-    print(f"image, what is kept, {drawn.shape[1]} completions a row: {relative(directory / 'completions.png')}")
+    print(
+        f"each row shows the image, what is kept and {drawn.shape[1]} completions: {relative(directory / 'completions.png')}"
+    )
 
 
 def half(keep: str, image_shape: tuple[int, ...]) -> Tensor:

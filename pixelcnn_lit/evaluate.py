@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge
@@ -32,7 +32,7 @@ from pixelcnn_lit.data.pictures import (
     require_pictures,
     tell,
 )
-from pixelcnn_lit.density.bayes import class_prior, marginal
+from pixelcnn_lit.density.bayes import class_prior, marginal, posterior
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.density_module import DensityModule
@@ -146,7 +146,7 @@ def read_pictures(path: Path, n_images: int | None, model: Density, changes: dic
     """Read a file, or all pictures below a folder, as images of the model; a line tells of each kind of change."""
     files = picture_files(path) if path.is_dir() else [path]
     if n_images is not None and n_images < len(files):
-        print(f"{n_images} of {len(files)} pictures, always the same ones")
+        print(f"{n_images} of {len(files)} pictures, a fixed random subset")
         files = [files[n] for n in sorted(positions(len(files), n_images).tolist())]
     read = progress(files, desc="reading")
     pictures = [read_image(file, model.image_shape, model.levels, **changes) for file in read]
@@ -159,41 +159,56 @@ def score_pictures(
 ) -> dict[str, Any]:
     """Bits per dimension of each picture, named as from a folder, in a table, and a picture of where they are spent."""
     x = torch.stack([picture.pixels for picture in pictures])
-    y, nats, how = scored(model, x, label, batch_size)
-    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    given = classes_of(model, x, label, batch_size)
+    batches = list(zip(x.split(batch_size), given.y.split(batch_size), strict=True))
     spent = torch.cat([model.bits_per_pixel(*batch).cpu() for batch in progress(batches, desc="scoring")])
-    bpd = (spent.double().sum((1, 2)) if nats is None else bits(nats)) / model.dims
-    rows = [
-        {"file": picture.file.relative_to(folder).as_posix(), "class": name, "bpd": one, "changes": picture.changes}
-        for picture, name, one in zip(pictures, model.called(y.tolist()), bpd.tolist(), strict=True)
-    ]
-    print(f"class: {how}")
+    bpd = (spent.double().sum((1, 2)) if given.nats is None else bits(given.nats)) / model.dims
+    columns = {
+        "file": [picture.file.relative_to(folder).as_posix() for picture in pictures],
+        "class": model.called(given.y.tolist()),
+        "probability": [None] * len(x) if given.probability is None else given.probability.tolist(),
+        "bpd": bpd.tolist(),
+        "changes": [picture.changes for picture in pictures],
+    }
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    print(f"class: {given.how}")
     print(table(rows[:SHOWN], float(bpd.mean())))
     show_bits(model, x[:SHOWN], spent[:SHOWN], rows[:SHOWN])
     if len(rows) > SHOWN:
         print(f"shown: the first {SHOWN} of {len(rows)}; all are in evaluation.json")
-    return {"bpd": float(bpd.mean()), "classes": how, "pictures": rows}
+    return {"bpd": float(bpd.mean()), "classes": given.how, "pictures": rows}
 
 
-def scored(model: Density, x: Tensor, label: int | str | None, batch_size: int) -> tuple[Tensor, Tensor | None, str]:
-    """Return the classes of images, int64 [N], and -log p(x), float64 [N], or None where it is that of these classes.
+class Given(NamedTuple):
+    """The classes that images are scored given, int64 [N], and how they were chosen.
 
-    The last string says which it is.
+    Where they are the likeliest: how probable each is, [N], and -log p(x) in nats, over all classes, float64 [N].
     """
+
+    y: Tensor
+    how: str
+    probability: Tensor | None = None
+    nats: Tensor | None = None
+
+
+def classes_of(model: Density, x: Tensor, label: int | str | None, batch_size: int) -> Given:
     if label is not None:
         (number,) = model.class_numbers([label], f"label={label}")
-        return torch.full((len(x),), number), None, f"label={label}"
+        return Given(torch.full((len(x),), number), f"label={label}")
     if len(model.classes) == 1:
-        return torch.full((len(x),), model.classes[0]), None, "the model's only class"
+        return Given(torch.full((len(x),), model.classes[0]), "the model's only class")
     given = model.class_log_likelihoods(x, batch_size)
     prior = torch.full((len(model.classes),), 1 / len(model.classes))
+    probability, y = posterior(given, prior).exp().max(1)
     how = "the likeliest by Bayes' rule; bpd: of p(x), with a uniform prior of the classes (label=... sets one)"
-    return given.argmax(1), -marginal(given, prior), how
+    return Given(y, how, probability, -marginal(given, prior))
 
 
 def table(rows: list[dict[str, Any]], mean: float) -> str:
     lines = [["file", "class", "bpd"]]
-    lines += [[printable(row["file"]), row["class"], f"{row['bpd']:.4f}"] for row in rows]
+    for row in rows:
+        sure = "" if row["probability"] is None else f" ({row['probability']:.0%})"
+        lines.append([printable(row["file"]), f"{row['class']}{sure}", f"{row['bpd']:.4f}"])
     lines += [["mean", "", f"{mean:.4f}"]]
     first, second, third = (max(map(len, column)) for column in zip(*lines, strict=True))
     return "\n".join(f"{file:{first}}  {name:>{second}}  {bpd:>{third}}" for file, name, bpd in lines)

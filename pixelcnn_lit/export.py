@@ -1,4 +1,4 @@
-"""Export a model to give away, as one safetensors file.
+"""Export a model for sharing, as one safetensors file.
 
 It holds the weights, the settings that rebuild the model and a SHA-256 of it all.
 """

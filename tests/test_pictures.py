@@ -23,7 +23,7 @@ from pixelcnn_lit.data.folder import folder
 from pixelcnn_lit.data.pictures import picture_files, read_image, read_picture, tell
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
-from pixelcnn_lit.evaluate import scored
+from pixelcnn_lit.evaluate import classes_of
 
 LOSSLESS = {"PNG": {}, "BMP": {}, "TIFF": {}, "GIF": {}, "PPM": {}, "TGA": {}, "WEBP": {"lossless": True}}
 CONVERTED = {("BMP", "LA"), ("PPM", "LA"), ("PPM", "P"), ("PPM", "RGBA"), ("BMP", "RGBA")}  # Pillow cannot write these
@@ -497,8 +497,9 @@ def test_evaluate_tells_the_bits_of_each_picture_of_a_folder_and_reads_no_datase
     assert "4 of 4 pictures: inverted" in said
     assert "class: the likeliest by Bayes' rule" in said
     table = [line.split() for line in said.splitlines()]
-    for file, label, one in zip(files[:3], y.tolist(), bpd.tolist(), strict=False):
-        assert [*file.split(), str(label), f"{one:.4f}"] in table
+    sure = given.softmax(1).amax(1).tolist()
+    for file, label, probability, one in zip(files[:3], y.tolist(), sure, bpd.tolist(), strict=False):
+        assert [*file.split(), str(label), f"({probability:.0%})", f"{one:.4f}"] in table
     assert ["mean", f"{bpd.mean():.4f}"] in table
     assert "noise.webp " not in said
     assert "shown: the first 3 of 4; all are in evaluation.json" in said
@@ -532,11 +533,11 @@ def test_a_model_that_knows_one_class_or_none_asks_for_none():
         (density("pixelcnn", "categorical", conditional=False), 3),
         (density("pixelcnn", "categorical", num_classes=1, class_names=["a"]), 0),
     ):
-        y, nats, how = scored(model, x, None, batch_size=2)
-        assert (y.tolist(), nats, how) == ([number] * 3, None, "the model's only class")
+        y, *others = classes_of(model, x, None, batch_size=2)
+        assert (y.tolist(), *others) == ([number] * 3, "the model's only class", None, None)
         assert model.bits_per_pixel(x, y).shape == (3, 4, 5)
     with pytest.raises(UserError, match="label=a: this model was trained on no classes"):
-        scored(density("pixelcnn", "categorical", conditional=False), x, "a", batch_size=2)
+        classes_of(density("pixelcnn", "categorical", conditional=False), x, "a", batch_size=2)
 
 
 @pytest.mark.parametrize(

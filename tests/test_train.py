@@ -216,7 +216,7 @@ def test_completions_keep_what_is_known_and_score_the_rest(run, monkeypatch, tmp
         test, model = open_data().test[:3], load(str(run / "checkpoints" / "best.ckpt"))
         with torch.no_grad():
             nats = -model.log_prob(test.x, test.y)[:, :, 4:]
-        assert result["bpd of the images' own rest"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)
+        assert result["bpd of the true remaining pixels"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)
 
 
 def test_a_png_is_completed_where_its_mask_is_black(run, monkeypatch, tmp_path):

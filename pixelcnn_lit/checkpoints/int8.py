@@ -1,4 +1,4 @@
-"""Weights quantized for a file to give away, and read back from it."""
+"""Weights quantized for a file to share, and read back from it."""
 
 from collections.abc import Collection
 from typing import Literal

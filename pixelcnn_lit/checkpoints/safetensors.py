@@ -1,4 +1,4 @@
-"""Weights to give away, as any program can read them."""
+"""Weights to share, as any program can read them."""
 
 import hashlib
 import json

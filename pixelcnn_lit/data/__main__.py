@@ -35,7 +35,7 @@ def main(dataset: dict[str, Any], augmented: bool, threads: Threads) -> None:
     save(grid(nine, data.levels, data.class_names), run_dir() / "images.png")
     print(relative(run_dir() / "images.png"))
     if len(data.train) >= data.batch_size:
-        print(f"its loader serves {loader_speed(data):,.0f} training images/s in batches of {data.batch_size}")
+        print(f"data loader: {loader_speed(data):,.0f} training images/s in batches of {data.batch_size}")
     else:
         print(f"too few to train on in batches of dataset.batch_size={data.batch_size}")
 

@@ -27,7 +27,7 @@ def npz(path: str) -> Images:
         raise
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError, MemoryError) as error:
         cause = error if zipfile.is_zipfile(path) else "not a zip archive"
-        raise UserError(f"dataset.path={path}: no npz file, or a damaged one ({cause}); make it anew") from error
+        raise UserError(f"dataset.path={path}: no npz file, or a damaged one ({cause}); create it again") from error
     # Without names the training labels tell how many classes there are.
     return Images(train, test, [str(n) for n in names or range(int(train.y.max()) + 1)])
 

@@ -68,7 +68,7 @@ def read_picture(file: Path, background: Background | None = None, settings: str
     except UnidentifiedImageError as error:
         raise UserError(f"{file}: not a readable picture; save it as PNG, for example") from error
     except Exception as error:  # damaged files lead to a dozen classes of errors
-        raise UserError(f"{file}: not a readable picture ({first_line(error)}); save it anew") from error
+        raise UserError(f"{file}: not a readable picture ({first_line(error)}); save it again") from error
     return Picture(file, _pixels(decoded), tuple(changes))
 
 

@@ -191,7 +191,7 @@ class Density(nn.Module):
 
     @torch.no_grad()
     def nats(self, x: Tensor, y: Tensor | Sequence[int | str]) -> Tensor:
-        """Return -log p(x | y) in nats an image [B]; to be trained, call the model instead: see `forward`.
+        """Return -log p(x | y) in nats an image [B]; no gradients; to train, call the model itself.
 
         Raises UserError, a ValueError, where these are no images and classes of this model.
 
