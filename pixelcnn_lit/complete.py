@@ -87,9 +87,8 @@ def main(
     else:
         print("not the conditional: kept pixels stand behind drawn ones")
     atomic_write_text(directory / "completions.json", json.dumps(result, indent=2))
-    print(
-        f"each row shows the image, what is kept and {drawn.shape[1]} completions: {relative(directory / 'completions.png')}"
-    )
+    path = relative(directory / "completions.png")
+    print(f"each row shows the image, what is kept and {drawn.shape[1]} completions: {path}")
 
 
 def half(keep: str, image_shape: tuple[int, ...]) -> Tensor:

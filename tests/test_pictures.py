@@ -521,7 +521,7 @@ def test_evaluate_tells_the_bits_of_each_picture_of_a_folder_and_reads_no_datase
     assert "class: label=3" in said
 
     command("evaluate", *asked, "images=drawings", "n_images=2")
-    assert "2 of 4 pictures, always the same ones" in capsys.readouterr().out
+    assert "2 of 4 pictures, a fixed random subset" in capsys.readouterr().out
     some = json.loads(Path("out/evaluation.json").read_text())["pictures"]
     assert len(some) == 2
     assert all(row in result["pictures"] for row in some)
