@@ -209,7 +209,7 @@ def test_sample_divides_its_cores_into_processes_unless_somebody_watches(
         line = capsys.readouterr().out.splitlines()
         together = f"in each of up to {processes} processes" if processes > 1 else "(type threads=4 for more)"
         assert line[0] == f"{2 if processes == 2 else 1} of 4 CPU threads {together}"
-        assert "6 images of classes [0, 1, 2], " in line[1]
+        assert "6 images of a, b, c, " in line[1]
         assert " images/s: " in line[1]
 
 

@@ -623,7 +623,7 @@ def test_a_sweep_leaves_a_table_and_names_its_failed_jobs(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["summarize", str(tmp_path)])
     pixelcnn_lit.summarize.main()
     table = capsys.readouterr().out
-    assert "\ndigits 1×8×8, 17 levels\n" in table
+    assert "\ndigits 1×8×8, 17 levels: 250 validation and 250 test images\n" in table
     rows = [line for line in table.splitlines() if "model.n_residual=" in line]
     assert len(rows) == 4  # two results, the failed job, its reason
     assert float(rows[0].split()[0]) <= float(rows[1].split()[0])
@@ -636,7 +636,7 @@ def test_the_table_of_a_sweep_of_classifiers_has_their_accuracies_best_first(tmp
     for name, accuracy in (("a", 0.8), ("b", 0.9)):
         shutil.copytree(tmp_path / "hydra", tmp_path / name / "hydra")
         result = {"label": "digits", "val/accuracy": accuracy, "test/accuracy": accuracy, "overrides": [name]}
-        result |= {"n_params": 1, "images_per_second": 1.0, "seconds": 1.0}
+        result |= {"n_params": 1, "images_per_second": 1.0, "seconds": 1.0, "val/images": 9, "test/images": 9}
         (tmp_path / name / "result.json").write_text(json.dumps(result))
     shutil.rmtree(tmp_path / "hydra")
     monkeypatch.setattr(sys, "argv", ["summarize", str(tmp_path)])
