@@ -29,8 +29,10 @@ def main() -> None:
     if sys.argv[1:] in (["--help"], ["-h"]):
         print(page("summarize"))
         return
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("error: type python -m pixelcnn_lit.summarize DIRECTORY, the directory of a sweep (or of many runs)")
+    if len(sys.argv) != 2:
+        sys.exit("error: give the directory of a sweep, or of many runs: python -m pixelcnn_lit.summarize DIRECTORY")
+    if not Path(sys.argv[1]).is_dir():
+        sys.exit(f"error: {sys.argv[1]}: no such directory")
     if not summarize(Path(sys.argv[1])):
         sys.exit(f"error: {sys.argv[1]}: no runs in it")
 

@@ -54,6 +54,7 @@ ONE_STEP = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.
 
 TYPOS = [
     ("dataset=foo", "there is no such dataset; choose from: cifar10, digits"),
+    ("logger=[csv,tensorboad]", "logger=tensorboad: there is no such logger; did you mean tensorboard?"),
     ("model.n_residul=3", "there is no such setting; did you mean model.n_residual?"),
     ("modle.n_residual=3", "there is no such setting; did you mean model.n_residual?"),
     ("n_residual=3", "n_residual: there is no such setting; did you mean model.n_residual?"),

@@ -49,7 +49,7 @@ def test_a_run_begins_with_the_weights_and_their_model(tmp_path, capsys):
 
 @pytest.mark.parametrize("override", ["model=pixelcnn_pp", "model_size=base", "model.n_residual=3", "+likelihood.x=1"])
 def test_another_model_beside_it_gets_one_line(override):
-    with pytest.raises(UserError, match=r"init=\.\.\. has a model"):
+    with pytest.raises(UserError, match=r"init=\.\.\. already determines"):
         parts_of(make("pixelcnn", "categorical"), ["seed=1", override])
 
 

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
     ConfigCompositionException,
     InstantiationException,
@@ -155,8 +154,7 @@ def _first(error: BaseException) -> BaseException | None:
 
 def _missing_config(error: MissingConfigException) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-    options = error.options or GlobalHydra.instance().config_loader().get_group_options(group)  # none of a list's
-    return f"{group}={choice}: there is no such {group}; {suggest(choice, options)}"
+    return f"{group}={choice}: there is no such {group}; {suggest(choice, error.options or [])}"
 
 
 _UNKNOWN = r"(Could not override|Could not delete from config\.) '(?P<key>(?!hydra\b)[^'@]+)'"

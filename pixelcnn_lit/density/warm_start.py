@@ -17,7 +17,9 @@ def parts_of(trained: Density, overrides: Iterable[str]) -> dict[str, Any]:
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key.partition(".")[0] in OWN:
-            raise UserError(f"{override}: init=... has a model and a likelihood of its own; leave out one of the two")
+            raise UserError(
+                f"{override}: init=... already determines the model and the likelihood; leave out one of the two"
+            )
     return {key: trained.settings[key] for key in ("model", "likelihood")}
 
 

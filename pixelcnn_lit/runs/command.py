@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 
@@ -58,6 +58,9 @@ def run(name: str) -> None:
             main()
     except Exception as error:
         _end_sweep(name)
+        if isinstance(error, MissingConfigException) and error.options is None:  # as where a list is typed
+            group = CONF / (error.missing_cfg_file or "").rpartition("/")[0]
+            error.options = [path.stem for path in group.glob("*.yaml")]
         line = explain(error, functools.partial(_settings, name))
         if debug or line is None:
             raise
@@ -70,7 +73,7 @@ def _end_sweep(name: str) -> None:
     directory = sweep_directory()
     if directory and name in TRAINING:
         again = shlex.join(["python", "-m", "pixelcnn_lit.summarize", relative(directory)])
-        print(f"\nall runs of the sweep: {relative(directory)} (this table once more: {again})")
+        print(f"\nall runs of the sweep: {relative(directory)} (to print this table again: {again})")
         with contextlib.suppress(OSError, ValueError):  # the runs themselves have said what failed
             _imported("summarize").summarize(directory)
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -27,6 +28,7 @@ from pixelcnn_lit.data.datamodule import ImageData
 from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.runs.atomic import atomic_write, atomic_write_text
 from pixelcnn_lit.runs.machine import step_work
+from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.saved import CONFIG, last_checkpoint
 from pixelcnn_lit.training.callbacks import (
     EpochLine,
@@ -93,6 +95,8 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     if not saved_with["logger"]:  # LearningRateMonitor refuses to do without
         extras = [callback for callback in extras if not isinstance(callback, LearningRateMonitor)]
     saved = load_resume_state(str(run.start), module, data, extras) if run.start else {}
+    if saved:
+        rank_zero_only(print)(f"resumes at step {saved['global_step']} ({relative(run.start)})")
     loggers = open_loggers(saved_with["logger"], run.directory, saved.get("global_step"), run.closing)
     begun = SaveConfig(run.directory, saved_with)
     throughput = Throughput()
