@@ -45,7 +45,7 @@ def overview() -> str:
     """Return the list of all commands, and what to type first."""
     first = [
         (typed_as("sample ckpt=mnist"), "draw digits with shipped weights"),
-        (typed_as("train"), "train on small digits: half a minute on a CPU"),
+        (typed_as("train"), "train on small digits: a minute on a CPU"),
         (typed_as("sample --help"), "what a command does, its settings, examples"),
     ]
     rows = {title: [(name, docstring(name).partition("\n")[0]) for name in names] for title, names in COMMANDS.items()}

@@ -308,9 +308,8 @@ class Density(nn.Module):
         if isinstance(y, list | tuple):
             y = torch.tensor(self.class_numbers(y, "y") if y else [], dtype=torch.int64)
         if not _holds_integers(y) or y.shape != x.shape[:1]:
-            raise UserError(
-                f"y: {_described(y)}; give the class of each image, as a list of {len(x)} names or numbers, or a torch.Tensor, int64 [{len(x)}]"
-            )
+            given = f"a list of {len(x)} names or numbers, or a torch.Tensor, int64 [{len(x)}]"
+            raise UserError(f"y: {_described(y)}; give the class of each image: {given}")
         if len(y) and self.conditional:
             self._require_known(y.tolist(), "y")
         return x.to(self.device), y.to(self.device)

@@ -47,8 +47,8 @@ def run_of(ckpt: str | None, parent: str, name: str | None) -> str:
     directory = path if path.is_dir() else path.parent.parent
     if not path.exists() or not (directory / CONFIG).is_file():
         raise UserError(
-            f"ckpt={ckpt}: no run, and no checkpoint of one; type RUN_DIR, or RUN_DIR/checkpoints/last.ckpt (init={ckpt} "
-            "starts from trained weights)"
+            f"ckpt={ckpt}: no run, and no checkpoint of one; type RUN_DIR, or RUN_DIR/checkpoints/last.ckpt "
+            f"(init={ckpt} starts from trained weights)"
         )
     return str(directory)
 

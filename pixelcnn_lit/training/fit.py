@@ -95,7 +95,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     if not saved_with["logger"]:  # LearningRateMonitor refuses to do without
         extras = [callback for callback in extras if not isinstance(callback, LearningRateMonitor)]
     saved = load_resume_state(str(run.start), module, data, extras) if run.start else {}
-    if saved:
+    if run.start:
         rank_zero_only(print)(f"resumes at step {saved['global_step']} ({relative(run.start)})")
     loggers = open_loggers(saved_with["logger"], run.directory, saved.get("global_step"), run.closing)
     begun = SaveConfig(run.directory, saved_with)
