@@ -1,9 +1,9 @@
 """Where a sweep lies, for the table at its end: Hydra tells its callbacks alone."""
 
 from pathlib import Path
-from typing import Any
 
 from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
 
 _directories: list[Path] = []  # of the sweep that this process runs, if it does
 
@@ -11,7 +11,7 @@ _directories: list[Path] = []  # of the sweep that this process runs, if it does
 class NoteDirectory(Callback):
     """Notes the directory of a sweep when it begins."""
 
-    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         _directories.append(Path(config.hydra.sweep.dir))
 
 

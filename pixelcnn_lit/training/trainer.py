@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from pixelcnn_lit.config.build import check
 from pixelcnn_lit.config.errors import UserError
@@ -125,7 +126,7 @@ def counted_epoch(trainer: L.Trainer) -> str:
     return f"{trainer.current_epoch + 1}{last}"
 
 
-def _cleared(bar: Any) -> Any:
+def _cleared(bar: Tqdm) -> Tqdm:
     """Let a bar leave nothing behind, and leave room for the ^C that a terminal shows, which would break its line."""
     bar.clear()  # it was drawn as it was made
     bar.leave = False
@@ -141,21 +142,21 @@ class OneLine(TQDMProgressBar):
     the clock, not of the epoch.
     """
 
-    def init_train_tqdm(self) -> Any:
+    def init_train_tqdm(self) -> Tqdm:
         bar = _cleared(super().init_train_tqdm())
         if clocks(self.trainer):
             bar.bar_format = self.BAR_FORMAT.replace("<{remaining}", "")
         return bar
 
-    def init_validation_tqdm(self) -> Any:
+    def init_validation_tqdm(self) -> Tqdm:
         bar = _cleared(super().init_validation_tqdm())
         bar.pos = 0
         return bar
 
-    def init_test_tqdm(self) -> Any:
+    def init_test_tqdm(self) -> Tqdm:
         return _cleared(super().init_test_tqdm())
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: object) -> None:
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description(f"epoch {counted_epoch(trainer)}")
 
