@@ -2,7 +2,7 @@
 
     import pixelcnn_lit
 
-    model = pixelcnn_lit.load("mnist")  # shipped weights, a .ckpt or a .safetensors
+    model = pixelcnn_lit.load("mnist")  # shipped weights, a .ckpt or a .safetensors; on a GPU: .to("cuda")
     images = model.sample(n_per_class=4, classes=[3, 7], temperature=0.9, seed=0)  # uint8 [K,n,C,H,W]
     nats = model.nats(x, y)  # [B]
     bits = model.bits_per_pixel(x, y)  # [B,H,W]: where the bits are spent

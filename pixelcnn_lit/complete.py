@@ -25,6 +25,7 @@ from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative, run_dir
+from pixelcnn_lit.scoring.own_pictures import hint_at_negatives, likelier_as_negatives
 
 
 def main(
@@ -58,6 +59,8 @@ def main(
         x, y = picture.pixels[None], known_class(label, model)
         changes = list(picture.changes)
         tell([picture])
+        if not invert:
+            hint_at_negatives(likelier_as_negatives(model, x, torch.tensor(y)))
     else:
         changes = []
         x, y = test_images(ckpt, model, dataset, n_images)
@@ -132,7 +135,7 @@ def read_mask(path: str, model: Density, resize: bool) -> Tensor:
 
 def known_class(label: int | str | None, model: Density) -> list[int]:
     if label is not None:
-        return model.class_numbers([label], f"label={label}")
+        return model.class_numbers([label], "label")
     if len(model.classes) > 1:
         raise UserError(f"label is missing; type label={model.class_names[0]} or another class of the image")
     return model.classes

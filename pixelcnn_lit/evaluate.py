@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
@@ -19,34 +19,23 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from pixelcnn_lit.config.build import check_values
-from pixelcnn_lit.config.errors import UserError, printable
+from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import ImageData, image_data, saved_or_given, uniform_bpd
-from pixelcnn_lit.data.grids import as_rgb, heat, save, tiled
-from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.data.pictures import (
-    Background,
-    Colour,
-    Picture,
-    picture_files,
-    read_image,
-    require_pictures,
-    tell,
-)
-from pixelcnn_lit.density.bayes import class_prior, marginal, posterior
+from pixelcnn_lit.data.images import Split, random_positions
+from pixelcnn_lit.data.pictures import Background, Colour, require_pictures
+from pixelcnn_lit.density.bayes import class_prior, marginal
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, step_work, take_threads
 from pixelcnn_lit.runs.run_dir import plain_name, relative, run_dir
-from pixelcnn_lit.runs.terminal import progress
+from pixelcnn_lit.scoring.own_pictures import read_pictures, score_pictures
 from pixelcnn_lit.scoring.plots import show_histogram
 from pixelcnn_lit.scoring.posteriors import score
 from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_threads
 
 BATCH = 64  # pictures that are scored at a time
-SHOWN = 100  # pictures that are listed and drawn; all are in the json
-LONGEST = 24  # characters of a name beside its picture
 
 
 def main(
@@ -120,12 +109,7 @@ def place(model: Density, trainer: dict[str, Any], threads: Threads, batch_size:
 
 
 def chosen(split: Split, n_images: int | None) -> Split:
-    return split if n_images is None else split[positions(len(split), n_images)]
-
-
-def positions(total: int, n_images: int) -> Tensor:
-    """Return so many positions, always the same ones, of all classes: files often hold class after class."""
-    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n_images]
+    return split if n_images is None else split[random_positions(len(split), n_images)]
 
 
 def refuse_dataset(task: str, split: str | None, dataset: dict[str, Any]) -> None:
@@ -140,90 +124,6 @@ def refuse_dataset(task: str, split: str | None, dataset: dict[str, Any]) -> Non
         raise UserError(f"{setting}: no dataset is read where images are given; leave {setting} or images out")
     if dataset.get("batch_size") is not None:
         check_values("dataset", ImageData, {"batch_size": dataset["batch_size"]})
-
-
-def read_pictures(path: Path, n_images: int | None, model: Density, changes: dict[str, Any]) -> list[Picture]:
-    """Read a file, or all pictures below a folder, as images of the model; a line tells of each kind of change."""
-    files = picture_files(path) if path.is_dir() else [path]
-    if n_images is not None and n_images < len(files):
-        print(f"{n_images} of {len(files)} pictures, a fixed random subset")
-        files = [files[n] for n in sorted(positions(len(files), n_images).tolist())]
-    read = progress(files, desc="reading")
-    pictures = [read_image(file, model.image_shape, model.levels, **changes) for file in read]
-    tell(pictures)
-    return pictures
-
-
-def score_pictures(
-    model: Density, pictures: list[Picture], folder: Path, label: int | str | None, batch_size: int
-) -> dict[str, Any]:
-    """Bits per dimension of each picture, named as from a folder, in a table, and a picture of where they are spent."""
-    x = torch.stack([picture.pixels for picture in pictures])
-    given = classes_of(model, x, label, batch_size)
-    batches = list(zip(x.split(batch_size), given.y.split(batch_size), strict=True))
-    spent = torch.cat([model.bits_per_pixel(*batch).cpu() for batch in progress(batches, desc="scoring")])
-    bpd = (spent.double().sum((1, 2)) if given.nats is None else bits(given.nats)) / model.dims
-    columns = {
-        "file": [picture.file.relative_to(folder).as_posix() for picture in pictures],
-        "class": model.called(given.y.tolist()),
-        "probability": [None] * len(x) if given.probability is None else given.probability.tolist(),
-        "bpd": bpd.tolist(),
-        "changes": [picture.changes for picture in pictures],
-    }
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    print(f"class: {given.how}")
-    print(table(rows[:SHOWN], float(bpd.mean())))
-    show_bits(model, x[:SHOWN], spent[:SHOWN], rows[:SHOWN])
-    if len(rows) > SHOWN:
-        print(f"shown: the first {SHOWN} of {len(rows)}; all are in evaluation.json")
-    return {"bpd": float(bpd.mean()), "classes": given.how, "pictures": rows}
-
-
-class Given(NamedTuple):
-    """The classes that images are scored given, int64 [N], and how they were chosen.
-
-    Where they are the likeliest: how probable each is, [N], and -log p(x) in nats, over all classes, float64 [N].
-    """
-
-    y: Tensor
-    how: str
-    probability: Tensor | None = None
-    nats: Tensor | None = None
-
-
-def classes_of(model: Density, x: Tensor, label: int | str | None, batch_size: int) -> Given:
-    if label is not None:
-        (number,) = model.class_numbers([label], f"label={label}")
-        return Given(torch.full((len(x),), number), f"label={label}")
-    if len(model.classes) == 1:
-        return Given(torch.full((len(x),), model.classes[0]), "the model's only class")
-    given = model.class_log_likelihoods(x, batch_size)
-    prior = torch.full((len(model.classes),), 1 / len(model.classes))
-    probability, y = posterior(given, prior).exp().max(1)
-    how = "the likeliest by Bayes' rule; bpd: of p(x), with a uniform prior of the classes (label=... sets one)"
-    return Given(y, how, probability, -marginal(given, prior))
-
-
-def table(rows: list[dict[str, Any]], mean: float) -> str:
-    lines = [["file", "class", "bpd"]]
-    for row in rows:
-        sure = "" if row["probability"] is None else f" ({row['probability']:.0%})"
-        lines.append([printable(row["file"]), f"{row['class']}{sure}", f"{row['bpd']:.4f}"])
-    lines += [["mean", "", f"{mean:.4f}"]]
-    first, second, third = (max(map(len, column)) for column in zip(*lines, strict=True))
-    return "\n".join(f"{file:{first}}  {name:>{second}}  {bpd:>{third}}" for file, name, bpd in lines)
-
-
-def show_bits(model: Density, x: Tensor, spent: Tensor, rows: list[dict[str, Any]]) -> None:
-    """Draw each image beside a map of its bits."""
-    most = model.uniform_bits
-    pairs = torch.stack([as_rgb(x, model.levels), heat(spent, most)], dim=1)
-    stems = [printable(Path(row["file"]).stem) for row in rows]
-    short = [stem if len(stem) <= LONGEST else stem[: LONGEST - 1] + "…" for stem in stems]
-    names = [f"{stem}: {row['class']}, {row['bpd']:.2f} bpd" for stem, row in zip(short, rows, strict=True)]
-    path = run_dir() / "bits_per_pixel.png"
-    save(tiled(pairs, names), path)
-    print(f"image, and where its bits are spent (black: none, white: {most:.3g} or more in a pixel): {relative(path)}")
 
 
 def bits_per_dimension(
@@ -261,13 +161,25 @@ def classify(model: Density, data: ImageData, images: Split, split: str) -> dict
     return scores._asdict()
 
 
+def require_comparable(data: ImageData, other: ImageData) -> None:
+    """Raise UserError unless images of another dataset are of the shape and the levels of this one's."""
+    (channels, *size), (other_channels, *other_size) = (each.facts["image_shape"] for each in (data, other))
+    ways = {
+        "type another": channels != other_channels or other.levels < data.levels,
+        f"type ood.resize={min(size)}": size != other_size,
+        f"type ood.levels={data.levels}": other.levels > data.levels,
+    }
+    wanted = [way for way, needed in ways.items() if needed]
+    if wanted:
+        here, there = (f"{each.facts['image_shape']} of {each.levels} levels" for each in (data, other))
+        raise UserError(f"dataset@ood: images {there}, the model is of {here}; {' and '.join(wanted)}")
+
+
 def novelty(model: Density, data: ImageData, images: Split, ood: dict[str, Any]) -> dict[str, Any]:
     """Compare log p(x) of images and of as many test images of another dataset, in a histogram, too."""
     other = image_data(ood)
     other.setup()
-    here, there = (f"{data.facts['image_shape']} of {data.levels} levels" for data in (data, other))
-    if here != there:
-        raise UserError(f"dataset@ood: images {there}, the model is of {here}; type another, or ood.resize=...")
+    require_comparable(data, other)
     prior = class_prior(data.train.y, model.num_classes)
 
     def bpd(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def main(
     model = load(ckpt).to(best_device())
     asked = model.classes
     if classes is not None:
-        asked = model.class_numbers(classes if isinstance(classes, list) else [classes], f"classes={classes}")
+        asked = model.class_numbers(classes if isinstance(classes, list) else [classes])
     directory, filling, pace = run_dir(), Filling(), Pace()
     processes = 1 if gif else processes_of(threads)
     say_threads(model.device, threads, processes)

@@ -4,6 +4,7 @@
     python -m pixelcnn_lit.summarize runs/train
 
 The directory is that of a sweep, or any that holds runs. Those without a result follow the table, with the reason.
+"seconds" are those of a whole run, from its start to its test.
 """
 
 import json
@@ -21,7 +22,8 @@ from pixelcnn_lit.runs.terminal import print_what_can_be_printed
 
 FIGURES = ("bpd", "accuracy")  # of density models, of classifiers
 LEFT_OUT = ("nll", "bpd_standard_error", "nats_per_image", "loss", "images")  # of those of a validation
-COLUMNS = ("n_params", "images_per_second", "seconds")
+IN_ALL = ("images_per_second", "seconds")  # of the whole run: whole numbers are enough
+COLUMNS = ("n_params", *IN_ALL)
 
 
 def main() -> None:
@@ -58,6 +60,9 @@ def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
     own = [key for key in found if key.removeprefix("val/") not in (figure, *LEFT_OUT)]  # figures of somebody's own
     columns = (f"val/{figure}", f"test/{figure}", *own, *COLUMNS)
     sign = 1 if figure == "bpd" else -1
+    alike = _alike(done)
+    if alike:
+        print(f"all with: {shlex.join(alike)}")
     print(*(f"{column:>19}" for column in columns), " job: overrides", sep="")
 
     def order(job: Path) -> tuple[str, float]:
@@ -69,10 +74,20 @@ def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
         if _scored_on(result) != before:
             before = _scored_on(result)
             print(before)
-        cells = [_cell(result.get(column, "-")) for column in columns]
+        cells = [_cell(column, result.get(column, "-")) for column in columns]
         if error := result.get("test/bpd_standard_error"):
             cells[1] += f" ± {error:.4f}"
-        print(*(f"{cell:>19}" for cell in cells), f"  {job}: {shlex.join(result['overrides'])}", sep="")
+        print(*(f"{cell:>19}" for cell in cells), f"  {job}: {shlex.join(_own(result, alike))}", sep="")
+
+
+def _alike(done: dict[Path, dict[str, Any]]) -> list[str]:
+    """Return the overrides that several runs have in common."""
+    first, *others = done.values()
+    return [each for each in first["overrides"] if others and all(each in other["overrides"] for other in others)]
+
+
+def _own(result: dict[str, Any], alike: list[str]) -> list[str]:
+    return [override for override in result["overrides"] if override not in alike]
 
 
 def _scored_on(result: dict[str, Any]) -> str:
@@ -83,13 +98,12 @@ def _scored_on(result: dict[str, Any]) -> str:
 
 def _curves(done: dict[Path, dict[str, Any]], figure: str, directory: Path) -> None:
     """Draw the validations of runs over the images that each had been trained on, a panel for each dataset."""
-    alike = set.intersection(*(set(result["overrides"]) for result in done.values()))
+    alike = _alike(done)
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for job, result in done.items():
-        own = [override for override in result["overrides"] if override not in alike]
         points = [(each["images"], each[f"val/{figure}"]) for each in result.get("history", [])]
         if points:
-            name = f"{job.relative_to(directory)}: {shlex.join(own)}".removesuffix(": ")
+            name = f"{job.relative_to(directory)}: {shlex.join(_own(result, alike))}".removesuffix(": ")
             panels.setdefault(result["label"], {})[name] = points
     if panels:
         from pixelcnn_lit.scoring.plots import show_lines  # not above: a table alone needs no matplotlib
@@ -110,12 +124,10 @@ def _typed(job: Path) -> list[str]:
     return left["overrides"] if began else left
 
 
-def _cell(value: int | float | str) -> str:
+def _cell(column: str, value: int | float | str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4f}" if value < 20 else f"{value:,.0f}"
+    return f"{value:,.0f}" if column in IN_ALL or isinstance(value, int) else f"{value:.4f}"
 
 
 def _state(job: Path) -> tuple[str, str]:

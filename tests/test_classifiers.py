@@ -413,7 +413,10 @@ def test_evaluate_classifies(tmp_path, digits):
     assert told["auroc"] > 0.5
     assert (tmp_path / "new" / "ood.png").is_file()
     said = refused("evaluate", *both, f"run_dir={tmp_path}/levels")
-    assert "dataset@ood: images [1, 8, 8] of 256 levels" in said
+    assert said.endswith("images [1, 8, 8] of 256 levels, the model is of [1, 8, 8] of 17 levels; type ood.levels=17")
+    save_npz(tmp_path / "large.npz", (9, 9), 300, 40, classes=10)
+    said = refused("evaluate", *both, f"ood.path={tmp_path}/large.npz", f"run_dir={tmp_path}/size")
+    assert said.endswith("; type ood.resize=8 and type ood.levels=17")
     assert "type both" in refused("evaluate", ckpt, *other, f"run_dir={tmp_path}/alone")
     ckpt = f"ckpt={tmp_path}/false/checkpoints/best.ckpt"
     assert "knows no classes" in refused("evaluate", ckpt, *asked, f"run_dir={tmp_path}/no")

@@ -17,13 +17,14 @@ from tiny import density
 from torch import Tensor
 
 import pixelcnn_lit.evaluate
+import pixelcnn_lit.scoring.own_pictures
 from pixelcnn_lit.compress import read_folder
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.folder import folder
 from pixelcnn_lit.data.pictures import picture_files, read_image, read_picture, tell
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
-from pixelcnn_lit.evaluate import classes_of
+from pixelcnn_lit.scoring.own_pictures import classes_of
 
 LOSSLESS = {"PNG": {}, "BMP": {}, "TIFF": {}, "GIF": {}, "PPM": {}, "TGA": {}, "WEBP": {"lossless": True}}
 CONVERTED = {("BMP", "LA"), ("PPM", "LA"), ("PPM", "P"), ("PPM", "RGBA"), ("BMP", "RGBA")}  # Pillow cannot write these
@@ -469,7 +470,7 @@ def test_evaluate_tells_the_bits_of_each_picture_of_a_folder_and_reads_no_datase
     run, model, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(pixelcnn_lit.evaluate, "saved_or_given", lambda *_, **__: pytest.fail("a dataset was read"))
-    monkeypatch.setattr(pixelcnn_lit.evaluate, "SHOWN", 3)
+    monkeypatch.setattr(pixelcnn_lit.scoring.own_pictures, "SHOWN", 3)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "drawings" / "b").mkdir(parents=True)
     drawing().save("drawings/10.jpg")
@@ -490,12 +491,12 @@ def test_evaluate_tells_the_bits_of_each_picture_of_a_folder_and_reads_no_datase
     assert [row["class"] for row in result["pictures"]] == [str(int(label)) for label in y]
     assert [row["bpd"] for row in result["pictures"]] == pytest.approx(bpd.tolist(), rel=1e-5)
     assert result["bpd"] == pytest.approx(float(bpd.mean()), rel=1e-5)
-    assert "likeliest by Bayes' rule" in result["classes"]
+    assert "likeliest of 10 by Bayes' rule" in result["classes"]
     own = {"images": 4, "background": "white", "resize": True, "invert": True, "colour": None, "label": "drawings"}
     assert result | own == result
     assert "drawings: files left out that are no pictures: 1 (notes.txt)" in said
     assert "4 of 4 pictures: inverted" in said
-    assert "class: the likeliest by Bayes' rule" in said
+    assert "class: the likeliest of 10 by Bayes' rule" in said
     table = [line.split() for line in said.splitlines()]
     sure = given.softmax(1).amax(1).tolist()
     for file, label, probability, one in zip(files[:3], y.tolist(), sure, bpd.tolist(), strict=False):
@@ -525,6 +526,27 @@ def test_evaluate_tells_the_bits_of_each_picture_of_a_folder_and_reads_no_datase
     some = json.loads(Path("out/evaluation.json").read_text())["pictures"]
     assert len(some) == 2
     assert all(row in result["pictures"] for row in some)
+
+
+def test_a_drawing_that_is_much_likelier_inverted_gets_a_hint(monkeypatch, tmp_path, capsys):
+    stroke = torch.zeros(28, 28, dtype=torch.uint8)
+    stroke[5:23, 13:16] = 255
+    for name, pixels in (("chalk", stroke), ("ink", 255 - stroke)):
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{name}.png")
+    asked = ["ckpt=mnist", f"run_dir={tmp_path}/out"]
+    for images, hint in (
+        (tmp_path, "1 of 2 pictures are much likelier inverted (black on white?): type invert=true"),
+        (tmp_path / "ink.png", "the picture is much likelier inverted"),
+    ):
+        command("evaluate", *asked, "trainer=cpu", f"images={images}")
+        assert hint in capsys.readouterr().out
+    command("evaluate", *asked, "trainer=cpu", f"images={tmp_path}/ink.png", "invert=true")
+    assert "likelier inverted" not in capsys.readouterr().out
+    few = ["label=1", "sampler.n_per_class=1"]
+    monkeypatch.setattr(Density, "draw", lambda self, *_, image, **__: image[:, None])
+    for name in ("ink", "chalk"):
+        command("complete", *asked, *few, f"image={tmp_path}/{name}.png")
+        assert ("the picture is much likelier inverted" in capsys.readouterr().out) == (name == "ink")
 
 
 def test_a_model_that_knows_one_class_or_none_asks_for_none():

@@ -198,7 +198,7 @@ def test_the_public_api_does_what_its_page_says():
     for wrong in (x.float(), x[:, :, 1:], x[:1].repeat(2, 3, 1, 1)):
         with pytest.raises(UserError, match="x: "):
             model.nats(wrong, y[: len(wrong)])
-    with pytest.raises(UserError, match="y: this model was trained on"):
+    with pytest.raises(UserError, match=r"y=.*: this model was trained on"):
         model.nats(x[:2], torch.tensor([3, 11]))
     assert torch.equal(model.nats(x, ["3", 3, "7", 7]), model.nats(x, y))
     assert model.nats(x[:0], []).shape == (0,)
@@ -219,7 +219,7 @@ def test_the_public_api_does_what_its_page_says():
         with pytest.raises(UserError, match=r"x: .*give a torch\.Tensor of integers"):
             model.nats(wrong, y)
     for classes in ([True], [1.0], [[1]], 1, "1", torch.tensor([11])):
-        with pytest.raises(UserError, match="classes: "):
+        with pytest.raises(UserError, match=r"classes[:=]"):
             model.sample(classes=classes)
     assert torch.equal(model.sample(classes=torch.tensor([3]), seed=1), model.sample(classes=["3"], seed=1))
     with pytest.raises(UserError, match="n_per_class: is set by another argument"):
@@ -227,9 +227,9 @@ def test_the_public_api_does_what_its_page_says():
     with pytest.raises(UserError, match=r"known: a ndarray; give a torch.Tensor, bool \[28, 28\]"):
         model.complete(x, known.numpy(), y)
     model.label_dropout = 0.0  # as of one that never saw an image without its class
-    with pytest.raises(UserError, match=r"y: this model was trained on 0, 1, .*, 9$"):
+    with pytest.raises(UserError, match=r"y=.*: this model was trained on 0, 1, .*, 9$"):
         model.complete(x[:1], known, torch.tensor([10]))
-    with pytest.raises(UserError, match=r"sampler\.temperature=0: must be a number >= 0\.001"):
+    with pytest.raises(UserError, match=r"^temperature=0: must be a number >= 0\.001"):
         model.sample(temperature=0)
 
 

@@ -262,8 +262,20 @@ def test_a_finished_job_is_left_alone_only_if_it_is_the_one_that_is_typed(finish
     train(finished, *RUN, "skip_completed=true")
     assert "completed before, left alone" in capsys.readouterr().out
     other = [*RUN, "model.n_residual=3", "skip_completed=true"]
-    assert "completed with" in refused("train", f"run_dir={finished}", *other)
+    said = refused("train", f"run_dir={finished}", *other)
+    assert "completed with" in said
+    assert "ckpt=last to extend it" in said
     assert (finished / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_finished_run_that_is_not_extended_says_that_nothing_was_left_to_train(finished, capsys):
+    before = json.loads((finished / "result.json").read_text())
+    for fewer in ([], ["trainer.max_epochs=1"]):
+        train(finished, "ckpt=last", *fewer)
+        assert "nothing was left to train (trainer.max_epochs=" in capsys.readouterr().out
+        after = json.loads((finished / "result.json").read_text())
+        assert after["steps"] == before["steps"]
+        assert after["test/bpd"] == before["test/bpd"]
 
 
 def test_links_on_the_way_to_a_checkpoint_are_followed(tmp_path, cut):

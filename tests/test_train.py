@@ -182,7 +182,7 @@ def test_classes_are_asked_for_by_name_and_where_none_is_so_called_by_number(run
     with pytest.raises(
         UserError, match=re.escape("classes=dog: this model was trained on 10 (0), 2 (1), cat (2), a (3)")
     ):
-        model.class_numbers(["dog"], "classes=dog")
+        model.class_numbers(["dog"])
     model.load_state_dict(load(str(run)).state_dict())
     monkeypatch.setattr(pixelcnn_lit.sample, "load", lambda ckpt: model)
     monkeypatch.setattr(pixelcnn_lit.complete, "load", lambda ckpt: model)
@@ -624,6 +624,9 @@ def test_a_sweep_leaves_a_table_and_names_its_failed_jobs(tmp_path, monkeypatch,
     pixelcnn_lit.summarize.main()
     table = capsys.readouterr().out
     assert "\ndigits 1×8×8, 17 levels: 250 validation and 250 test images\n" in table
+    in_common, *others = [line for line in table.splitlines() if "model_size=tiny" in line]
+    assert in_common == f"all with: {' '.join(sweep)}"
+    assert all("failed" in line for line in others)  # a row tells what is its own
     rows = [line for line in table.splitlines() if "model.n_residual=" in line]
     assert len(rows) == 4  # two results, the failed job, its reason
     assert float(rows[0].split()[0]) <= float(rows[1].split()[0])

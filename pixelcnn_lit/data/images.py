@@ -73,6 +73,11 @@ def verify(images: Images, name: str) -> None:
             )
 
 
+def random_positions(total: int, n: int) -> Tensor:
+    """Return `n` of `total` positions, always the same ones, of all classes: files often hold class after class."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n]
+
+
 def first_of_each_class(split: Split, num_classes: int, n: int) -> Tensor:
     """The first `n` images of each class, uint8 [num_classes,n,C,H,W]; black where a class has fewer."""
     rows = torch.zeros(num_classes, n, *split.x.shape[1:], dtype=torch.uint8)

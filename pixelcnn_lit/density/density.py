@@ -156,12 +156,15 @@ class Density(nn.Module):
         return numbers
 
     def _require_known(self, numbers: Sequence[object], setting: str) -> None:
-        """Raise UserError unless the model was trained on these classes."""
-        whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
-        if not numbers or not whole or not set(numbers) <= set(self.known_classes):
-            called = {n: name if name == str(n) else f"{name} ({n})" for n, name in enumerate(self.class_names)}
-            known = ", ".join(called.get(n, f"no class ({n})") for n in self.known_classes)
-            raise UserError(f"{setting}: this model was trained on {known if self.conditional else 'no classes'}")
+        """Raise UserError, which names the first that is wrong, unless the model was trained on these classes."""
+        wrong = [one for one in numbers if not _is_whole(one) or one not in self.known_classes]
+        if numbers and not wrong:
+            return
+        called = {n: name if name == str(n) else f"{name} ({n})" for n, name in enumerate(self.class_names)}
+        called[self.num_classes] = f"{self.num_classes} (which stands for no class)"
+        known = ", ".join(called[n] for n in self.known_classes) if self.conditional else "no classes"
+        given = f"{setting}={wrong[0]}" if wrong else f"{setting}=[]"
+        raise UserError(f"{given}: this model was trained on {known}")
 
     def features(self, x: Tensor, y: Tensor) -> Tensor:
         """Levels [B,C,H,W] and classes int64 [B] -> what the network knows of each pixel, [B,D,H,W]."""
@@ -226,23 +229,24 @@ class Density(nn.Module):
             prior = torch.full((self.num_classes,), 1 / self.num_classes)
         if not isinstance(prior, Tensor) or prior.shape != (self.num_classes,) or not bool((prior >= 0).all()):
             raise UserError(f"prior: {_described(prior)}; give a torch.Tensor of shares, [{self.num_classes}]")
-        with eval_mode(self):
-            return posterior(self.class_log_likelihoods(x, batch_size), prior)
+        return posterior(self.class_log_likelihoods(x, batch_size), prior)
 
     @torch.no_grad()
     def class_log_likelihoods(self, x: Tensor, batch_size: int) -> Tensor:
         """log p(x | y) in nats of images uint8 [N,C,H,W] given each of `classes`: [N,len(classes)], on the CPU."""
         rows = []
-        for batch in progress(x.split(batch_size), desc="classifying"):
-            here = batch.to(self.device)
-            given = [torch.full((len(here),), label, device=self.device) for label in self.classes]
-            rows.append(torch.stack([-self(here, y) for y in given], dim=1).cpu())
+        with eval_mode(self):
+            for batch in progress(x.split(batch_size), desc="classifying"):
+                here = batch.to(self.device)
+                given = [torch.full((len(here),), label, device=self.device) for label in self.classes]
+                rows.append(torch.stack([-self(here, y) for y in given], dim=1).cpu())
         return torch.cat(rows)
 
-    def check_sampler(self, sampler: dict[str, Any]) -> None:
-        """Raise UserError unless the config of a sampler is one that this model can be drawn from by."""
-        _, settings = inspect_config("sampler", sampler, Tensor, ["request"])
-        refuse_steering(self, **{key: settings[key] for key in ("guidance_scale", "mix_with") if key in settings})
+    def check_sampler(self, sampler: dict[str, Any], group: str = "sampler") -> None:
+        """Raise UserError, which names settings in their `group`, unless the model can be drawn from by this config."""
+        _, settings = inspect_config(group, sampler, Tensor, ["request"])
+        steering = {key: settings[key] for key in ("guidance_scale", "mix_with") if key in settings}
+        refuse_steering(self, **steering, prefix=group and f"{group}.")
 
     def checkpoint_blocks(self) -> bool:
         """Compute each block twice from now on, to keep its input alone; returns whether the network has any."""
@@ -255,15 +259,22 @@ class Density(nn.Module):
         return digest(weights, json.dumps({key: self.settings[key] for key in used}, sort_keys=True))
 
     def draw(
-        self, sampler: dict[str, Any], classes: Sequence[int] | None = None, threads: int = 1, **own: Any
+        self,
+        sampler: dict[str, Any],
+        classes: Sequence[int] | None = None,
+        threads: int = 1,
+        group: str = "sampler",
+        **own: Any,
     ) -> Tensor:
         """Return images of each class by the config of a sampler: uint8 [K,n,C,H,W]; `own`: as in `Request`.
 
-        Steps are many and small: on several `threads`, all wait for each of them whenever another program runs.
+        Steps are many and small: on several `threads`, all wait for each of them whenever another program runs. Errors
+        name a setting in its `group`.
         """
+        self.check_sampler(sampler, group)
         y = torch.tensor(self.classes if classes is None else list(classes), device=self.device)
         with on_threads(threads):
-            return build("sampler", sampler, Tensor, request=Request(self, y, **own))
+            return build(group, sampler, Tensor, request=Request(self, y, **own))
 
     def sample(
         self, n_per_class: int = 1, classes: Sequence[int | str] | None = None, seed: int = 0, **settings: object
@@ -277,7 +288,7 @@ class Density(nn.Module):
             settings: of `pixelcnn_lit.samplers.draw.draw`, as `temperature` and `guidance_scale`.
         """
         numbers = None if classes is None else self.class_numbers(classes)
-        return self.draw(_sampler(settings, n_per_class=n_per_class, seed=seed), numbers)
+        return self.draw(_sampler(settings, n_per_class=n_per_class, seed=seed), numbers, group="")
 
     def complete(
         self,
@@ -300,7 +311,7 @@ class Density(nn.Module):
         if not isinstance(known, Tensor) or known.shape != x.shape[2:] or known.dtype != torch.bool:
             raise UserError(f"known: {_described(known)}; give a torch.Tensor, bool {list(x.shape[2:])}")
         sampler = _sampler(settings, n_per_class=n, seed=seed)
-        return self.draw(sampler, y.tolist(), image=x, known=known.to(self.device))
+        return self.draw(sampler, y.tolist(), group="", image=x, known=known.to(self.device))
 
     def _checked(self, x: Tensor, y: Tensor | Sequence[int | str]) -> tuple[Tensor, Tensor]:
         """Return images and their classes on the model's device, which they are in its terms. Raises UserError."""
@@ -322,6 +333,10 @@ class Density(nn.Module):
             raise UserError(
                 f"x: values {int(x.min())} to {int(x.max())}; this model is of levels 0 to {self.levels - 1}"
             )
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _holds_integers(x: object) -> TypeGuard[Tensor]:

@@ -9,10 +9,10 @@ from pixelcnn_lit.density.density import Density
 TRAINING = ("optimizer", "scheduler", "channels_last", "gradient_checkpointing", "compile")
 
 
-def load(path: str) -> Density:
+def load(ckpt: str) -> Density:
     """Return the model of a .ckpt, a .safetensors, a run's directory or shipped weights, in eval mode on the CPU.
 
-    Raises UserError: see `load_module`.
+    Move it as any module: `load("mnist").to("cuda")`. Raises UserError: see `load_module`.
     """
-    density: Density = load_module(path, Density, prefix="density.", without=TRAINING)
+    density: Density = load_module(ckpt, Density, prefix="density.", without=TRAINING)
     return density.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

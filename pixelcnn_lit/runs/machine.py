@@ -96,7 +96,7 @@ def say_threads(device: torch.device, threads: int, processes: int = 1, what: st
     if processes > 1:
         taken += f" in each of up to {processes} processes"
     elif threads < here:
-        taken += f" (type threads={here} for more)"
+        taken += f" (threads={here} may be faster, but not beside other programs)"
     elif threads > 1:
-        taken += " (type threads=1 beside other programs)"
+        taken += " (beside other programs threads=1 is faster)"
     print(taken, flush=True)

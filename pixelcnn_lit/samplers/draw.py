@@ -212,16 +212,18 @@ def _watched(bar: tqdm, batch: int, watch: Callable[[Tensor], None] | None, imag
         watch(images)
 
 
-def refuse_steering(density: ImageDensity, guidance_scale: float = 1.0, mix_with: int | None = None) -> None:
-    """Raise UserError where a model cannot be steered so."""
+def refuse_steering(
+    density: ImageDensity, guidance_scale: float = 1.0, mix_with: int | None = None, prefix: str = ""
+) -> None:
+    """Raise UserError, with a `prefix` to the names of settings, where a model cannot be steered so."""
     known = density.known_classes
     if guidance_scale != 1 and (density.num_classes not in known or len(known) == 1):
         raise UserError(
-            f"sampler.guidance_scale={guidance_scale}: requires a model that was trained with and without its class; "
-            "train with label_dropout=0.1"
+            f"{prefix}guidance_scale={guidance_scale}: guidance requires a model that was trained with and without its "
+            "classes, as this one was not; leave it out, or train one with label_dropout=0.1"
         )
     if mix_with is not None and mix_with not in known:
         trained_on = ", ".join(map(str, known)) if len(known) > 1 else "no classes"
-        raise UserError(f"sampler.mix_with={mix_with}: this model was trained on {trained_on}")
+        raise UserError(f"{prefix}mix_with={mix_with}: this model was trained on {trained_on}")
     if guidance_scale != 1 and mix_with is not None:
-        raise UserError("sampler.guidance_scale and sampler.mix_with exclude each other; type one")
+        raise UserError(f"{prefix}guidance_scale and {prefix}mix_with exclude each other; set one of them")

@@ -100,7 +100,10 @@ def completed_result() -> dict[str, Any] | None:
     changes = all(override.lstrip("+~").startswith(MAY_CHANGE_ON_RESUME) for override in more)  # when it was resumed
     if not set(typed) <= set(result["overrides"]) or not (changes or not typed):
         before = shlex.join(result["overrides"])
-        raise UserError(f"run_dir={relative(directory)}: completed with {before}; type that, or another run_dir")
+        raise UserError(
+            f"run_dir={relative(directory)}: completed with {before}; type that, ckpt=last to extend it, or another "
+            "run_dir"
+        )
     print(f"{relative(directory)}: completed before, left alone")
     return result
 

@@ -62,6 +62,7 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
         value = settings.get(key)
         if isinstance(value, (int, float)) and value <= 0:
             raise UserError(f"trainer.{key}={value}: must be above 0")
+    logging.getLogger("lightning").propagate = False  # Hydra's handler would print once more what its own prints
     # Lightning's own tips and notes bury the result.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # trainer.profiler reports there
