@@ -22,10 +22,10 @@ from pixelcnn_lit.data.grids import grid, save
 from pixelcnn_lit.data.pictures import Background, Colour, read_image, read_picture, require_pictures, sized, tell
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
+from pixelcnn_lit.density.negatives import hint_at_negatives, likelier_as_negatives
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative, run_dir
-from pixelcnn_lit.scoring.own_pictures import hint_at_negatives, likelier_as_negatives
 
 
 def main(
@@ -71,7 +71,7 @@ def main(
         )
     model, processes = model.to(best_device()), processes_of(threads)
     say_threads(model.device, threads, processes)
-    given = {"image": x.to(model.device), "known": known.to(model.device)}
+    given: dict[str, Any] = {"image": x.to(model.device), "known": known.to(model.device)}
     drawn = model.draw(sampler, y, threads, **given, progress=True, processes=processes).cpu()
 
     directory = run_dir()

@@ -19,7 +19,7 @@ from pixelcnn_lit.codec.format import MAX_BATCH
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.data.datamodule import saved_or_given
 from pixelcnn_lit.data.images import Split, channels_first
-from pixelcnn_lit.data.pictures import read_picture, tell, to_pil
+from pixelcnn_lit.data.pictures import picture_files, read_all, read_picture, tell, to_pil
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import atomic_write
@@ -45,7 +45,7 @@ def main(
     model = load(ckpt).to(best_device())
     with atomic_write(Path(out)) as file:  # which is tried before the work
         if images in SPLITS:
-            given = of_split(model, images, ckpt, dataset)[:n_images]
+            given = of_split(model, images, ckpt, dataset)[:n_images].held()
         else:
             given = of_file(model, images, n_images, batch_size)
         say_threads(model.device, threads)
@@ -80,11 +80,11 @@ def of_file(model: Density, path: str, n_images: int | None, batch_size: int) ->
 
 
 def read_folder(path: str, n_images: int | None, classes: list[int]) -> tuple[Tensor, Tensor | None]:
-    """PNGs, and as their labels the folders they are in, where all are named by a class, as `decompress` names them."""
-    files = sorted(Path(path).rglob("*.png"))[:n_images]
+    """Pictures, and as their labels the folders that they are in, if all are named by a class, as by `decompress`."""
+    files = picture_files(Path(path))[:n_images]
     if not files:
-        raise UserError(f"images={path}: no *.png in it, or n_images=0; type another folder")
-    pictures = [read_picture(file) for file in progress(files, desc="reading")]
+        raise UserError("n_images=0: leaves no picture; type 1 or more")
+    pictures = read_all(files, read_picture)
     tell(pictures)
     x = [picture.pixels for picture in pictures]
     if len({image.shape for image in x}) > 1:

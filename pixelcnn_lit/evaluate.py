@@ -26,14 +26,13 @@ from pixelcnn_lit.data.pictures import Background, Colour, require_pictures
 from pixelcnn_lit.density.bayes import class_prior, marginal
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
-from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, step_work, take_threads
 from pixelcnn_lit.runs.run_dir import plain_name, relative, run_dir
 from pixelcnn_lit.scoring.own_pictures import read_pictures, score_pictures
 from pixelcnn_lit.scoring.plots import show_histogram
 from pixelcnn_lit.scoring.posteriors import score
-from pixelcnn_lit.training.trainer import make_trainer, require_batches, settle_threads
+from pixelcnn_lit.training.score import score_test_images
 
 BATCH = 64  # pictures that are scored at a time
 
@@ -130,23 +129,17 @@ def bits_per_dimension(
     model: Density, data: ImageData, split: str, trainer: dict[str, Any], threads: int | None
 ) -> dict[str, Any] | None:
     """Score the test images of `data`, overall and per class. Returns None in all processes but the first."""
-    scorer = make_trainer(trainer, logger=False, enable_checkpointing=False)
-    require_batches(scorer, "test", len(data.test), data.batch_size)
-    settle_threads(scorer, threads, step_work(model, model.image_shape, data.batch_size))
-    module = DensityModule(model)
-    scorer.test(module, data, verbose=False)
-    figures = {key.removeprefix("test/"): value for key, value in module.figures.items()}
-    # A class without images has no bpd.
-    per_class = {n: b for n, b in zip(data.class_names, module.bpd_per_class, strict=True) if b == b}
-    if not scorer.is_global_zero:
+    figures = score_test_images(model, data, trainer, threads)
+    if figures is None:
         return None
+    per_class = figures["bpd_per_class"]
     uniform = uniform_bpd(data.levels)
     print(f"{data.label}, {split} split, {figures['images']} images, {uniform:.4f} bpd for a uniform model")
     width = max(map(len, [*per_class, "all"]))
     for name, bpd in {**per_class, "all": figures["bpd"]}.items():
         error = figures["bpd_standard_error"] if name == "all" else None
         print(f"{name:>{width}}  {bpd:.4f}{'' if error is None else f' ± {error:.4f}'} bpd")
-    return {**figures, "uniform_bpd": uniform, "bpd_per_class": per_class}
+    return {**figures, "uniform_bpd": uniform}
 
 
 def classify(model: Density, data: ImageData, images: Split, split: str) -> dict[str, Any]:
@@ -154,7 +147,8 @@ def classify(model: Density, data: ImageData, images: Split, split: str) -> dict
     if model.num_classes < 2:
         raise UserError("task=classify: this model knows one class, and there is none to tell it from; type task=bpd")
     prior = class_prior(data.train.y, model.num_classes)
-    scores = score(model.classify(images.x, prior, data.batch_size), images.y)
+    log_posteriors = [model.classify(part.x, prior, data.batch_size) for part in images.large_parts()]
+    scores = score(torch.cat(log_posteriors), images.y)
     print(f"{data.label}, {split} split, {len(images)} images")
     for name, value in scores._asdict().items():
         print(f"{name:>17}  {value:.4f}")
@@ -182,12 +176,12 @@ def novelty(model: Density, data: ImageData, images: Split, ood: dict[str, Any])
     require_comparable(data, other)
     prior = class_prior(data.train.y, model.num_classes)
 
-    def bpd(x: Tensor) -> Tensor:
-        given = model.class_log_likelihoods(x, data.batch_size)
-        return -bits(marginal(given, prior) / model.dims)
+    def bpd(some: Split) -> Tensor:
+        given = [model.class_log_likelihoods(part.x, data.batch_size) for part in some.large_parts()]
+        return -bits(marginal(torch.cat(given), prior) / model.dims)
 
-    own = bpd(images.x)
-    new = bpd(chosen(other.test, len(images)).x)
+    own = bpd(images)
+    new = bpd(chosen(other.test, len(images)))
     is_new = torch.arange(len(own) + len(new)) >= len(own)
     told_apart = float(binary_auroc(torch.cat([own, new]), is_new.int()))
     names = [plain_name(d.title) for d in (data, other)]

@@ -19,6 +19,7 @@ from annotated_types import Ge
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import ImageData, saved_or_given
 from pixelcnn_lit.data.grids import grid, save
+from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.classifier_module import load_classifier
 from pixelcnn_lit.runs.atomic import atomic_write_text
@@ -60,23 +61,23 @@ def main(
     to_read = take_threads(threads, step_work(judge, model.image_shape, batch_size))
     say_threads(model.device, to_read, what="to read")
     say_threads(model.device, to_draw, processes_of(to_draw), "to draw")
-    training = read(judge, data.train.x, batch_size)
+    training = read(judge, data.train, batch_size)
     n = min(sampler["n_per_class"], int(torch.bincount(data.test.y).min()))
     if n < 2:
         raise UserError("sampler.n_per_class: distances want two images of each class, drawn and in the test set")
 
-    real = read(judge, data.test.x, batch_size)
+    real = read(judge, data.test, batch_size)
     verdicts = {REAL: verdict(real, data.test.y, training, model.num_classes, n)}
     for name, point in points.items():
         images = model.draw(point, threads=to_draw, processes=processes_of(to_draw), progress=True).cpu()  # [K,n,C,H,W]
         y = torch.arange(len(images)).repeat_interleave(images.shape[1])
-        drawn = read(judge, images.flatten(0, 1), batch_size)
+        drawn = read(judge, Split(images.flatten(0, 1), y), batch_size)
         verdicts[name] = verdict(drawn, y, training, model.num_classes, n)
         if len(verdicts) == 2:
             some = images[:, :SHOWN]
             shown_features = drawn.features.unflatten(0, images.shape[:2])[:, :SHOWN].flatten(0, 1)
             closest = nearest(shown_features, training.features)
-            pairs = torch.stack([some, data.train.x[closest].view_as(some)], dim=2).flatten(1, 2)
+            pairs = torch.stack([some, data.train[closest].x.view_as(some)], dim=2).flatten(1, 2)
             save(grid(pairs, model.levels, model.class_names), run_dir() / "nearest.png")
             show_confusion(verdicts[name].confusion, data.class_names, run_dir() / "confusion.png")
     head = {"ckpt": ckpt, "classifier_ckpt": classifier_ckpt, "label": data.label, "n_compared": n}

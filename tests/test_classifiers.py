@@ -306,14 +306,14 @@ def test_mistakes_get_one_line(judge_run, tmp_path):
 
 
 def test_consistency_of_real_test_images_is_the_test_accuracy(judge_run, judge, digits):
-    drawn = read(judge, digits.test.x, batch_size=32)
-    told = verdict(drawn, digits.test.y, read(judge, digits.train.x, 64), 10, n_compared=20)
+    drawn = read(judge, digits.test, batch_size=32)
+    told = verdict(drawn, digits.test.y, read(judge, digits.train, 64), 10, n_compared=20)
     assert told.consistency == pytest.approx(json.loads((judge_run / "result.json").read_text())["test/accuracy"])
 
 
 def test_figures_do_not_depend_on_the_batches(judge, digits):
-    training, y = read(judge, digits.train.x, 64), digits.test.y[:200]
-    by_7, at_once = (verdict(read(judge, digits.test.x[:200], n), y, training, 10, 15) for n in (7, 200))
+    training, y = read(judge, digits.train, 64), digits.test.y[:200]
+    by_7, at_once = (verdict(read(judge, digits.test[:200], n), y, training, 10, 15) for n in (7, 200))
     assert torch.equal(by_7.confusion, at_once.confusion)
     for name in ("consistency", "frechet", "kernel", "diversity"):
         assert getattr(by_7, name) == pytest.approx(getattr(at_once, name), rel=1e-3, abs=1e-4)

@@ -17,7 +17,7 @@ from torchvision import datasets
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data import official
 from pixelcnn_lit.data.datamodule import ImageData
-from pixelcnn_lit.data.images import Split, carve_validation, fingerprint, first_of_each_class
+from pixelcnn_lit.data.images import Split, carve, fingerprint, first_of_each_class
 from pixelcnn_lit.data.loader import Batches
 from pixelcnn_lit.data.transforms import crop, flip
 
@@ -35,7 +35,7 @@ def test_digits_are_split_1297_250_250_without_overlap():
 
 def test_the_validation_split_does_not_depend_on_the_seed(tmp_path):
     x = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1)
-    train, validation = carve_validation(Split(x, torch.zeros(100).long()), 0.1, seed=0)
+    train, validation = carve(Split(x, torch.zeros(100).long()), 0.1, "dataset.validation_fraction")
     assert (len(train), len(validation)) == (90, 10)
     assert sorted(torch.cat([train.x, validation.x]).flatten().tolist()) == list(range(100))
     save_npz(tmp_path / "x.npz")
@@ -154,7 +154,7 @@ def test_npz_images_arrive_channels_first_with_their_names(tmp_path):
         ({"test_images": np.zeros((8, 6, 5, 3), np.float32)}, "give uint8"),
         ({"test_labels": np.zeros(7, int)}, "one label an image"),
         (
-            {"train_images": np.zeros((40, 6, 5, 2), np.uint8), "test_images": np.zeros((8, 6, 5, 2), np.uint8)},
+            {"train_images": np.full((40, 6, 5, 2), 99, np.uint8), "test_images": np.zeros((8, 6, 5, 2), np.uint8)},
             "give 1",
         ),
     ],
@@ -205,11 +205,11 @@ def test_a_folder_of_png_files_is_read_grey_or_colour(tmp_path):
 
 
 def test_folder_faults_are_named(tmp_path):
-    with pytest.raises(UserError, match="train/<class>"):
+    with pytest.raises(UserError, match="it must hold train/CLASS"):
         open_data("dataset=folder", f"dataset.path={tmp_path}")
     save_folder(tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "train" / "dog" / "odd.png")
-    with pytest.raises(UserError, match=r"odd\.png.*one size"):
+    with pytest.raises(UserError, match=r"odd\.png: 9×9 pixels, but .*0\.png has 4×5; type dataset\.resize=4"):
         open_data("dataset=folder", f"dataset.path={tmp_path}")
     (tmp_path / "train" / "dog" / "odd.png").write_bytes(b"no PNG")
     with pytest.raises(UserError, match=r"odd\.png: not a readable picture"):
@@ -282,8 +282,8 @@ def test_no_room_and_no_permission_get_a_line_and_leave_nothing(small_mnist, mon
 def test_cifar10_batches_are_read_channels_first(tmp_path, monkeypatch):
     base = tmp_path / "cifar-10-batches-py"
     base.mkdir()
-    pixels = np.random.default_rng(0).integers(256, size=(6, 3, 32, 32), dtype=np.uint8)
-    lists = {"train_list": [["data_batch_1", pixels[:4]]], "test_list": [["test_batch", pixels[4:]]]}
+    pixels = np.random.default_rng(0).integers(256, size=(14, 3, 32, 32), dtype=np.uint8)
+    lists = {"train_list": [["data_batch_1", pixels[:10]]], "test_list": [["test_batch", pixels[10:]]]}
     for attribute, entries in lists.items():
         for name, x in entries:
             (base / name).write_bytes(pickle.dumps({"data": x.reshape(len(x), -1), "labels": list(range(len(x)))}))
@@ -293,9 +293,9 @@ def test_cifar10_batches_are_read_channels_first(tmp_path, monkeypatch):
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
     digest = hashlib.md5((base / "batches.meta").read_bytes()).hexdigest()
     monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": digest})
-    monkeypatch.setitem(official.LENGTHS, "CIFAR10", (4, 2))
+    monkeypatch.setitem(official.LENGTHS, "CIFAR10", (10, 4))
     data = open_data("dataset=cifar10", f"dataset.root={tmp_path}", "dataset.validation_fraction=0.5")
-    assert torch.equal(data.test.x, torch.from_numpy(pixels[4:]))
+    assert torch.equal(data.test.x, torch.from_numpy(pixels[10:]))
     assert data.class_names == names
 
 

@@ -340,7 +340,7 @@ def test_a_drawing_on_nothing_is_composed_before_it_is_inverted(tmp_path):
 def test_pictures_below_a_folder_are_told_by_content_and_what_is_left_out_is_counted(tmp_path, capsys):
     pictures = ["2.png", "10.JPG", "b/1.without_ending", "b/a.txt", "c/10/x.gif", "c/9/x.gif"]
     hidden = [".x.png", "._2.png", ".ipynb_checkpoints/2.png", "__MACOSX/b/1.png", "b/Thumbs.db", ".DS_Store"]
-    others = ["notes.png", "b/photo.HEIC"]
+    others = ["notes", "b/photo.HEIC"]
     for name in pictures + hidden + others:
         path = tmp_path / ".home" / "drawings" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -353,14 +353,14 @@ def test_pictures_below_a_folder_are_told_by_content_and_what_is_left_out_is_cou
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(": ")[2] for line in said] == [
         "hidden and system files left out: 6",
-        "files left out that are no pictures: 2 (photo.HEIC, notes.png)",
+        "files left out that are no pictures: 2 (photo.HEIC, notes)",
     ]
     (tmp_path / "empty").mkdir()
     assert "no pictures in it" in line_of(picture_files, tmp_path / "empty")
-    for broken in (saved(Image.new("L", (64, 64)), "PNG")[:60], b"P5 100000 100000 255\n"):
+    for broken in (saved(Image.new("L", (64, 64)), "PNG")[:60], b"P5 100000 100000 255\n", b"no picture", b""):
         (here / "broken.png").write_bytes(broken)  # is not left out: people must know of it
         assert here / "broken.png" in picture_files(here)
-        assert "broken.png: not a readable picture (" in line_of(read_picture, here / "broken.png")
+        assert "broken.png: not a readable picture" in line_of(read_picture, here / "broken.png")
 
 
 def test_each_kind_of_change_is_told_in_one_line_in_the_order_of_the_changes(tmp_path, capsys, monkeypatch):
@@ -386,12 +386,16 @@ def test_folders_of_a_dataset_and_of_compress_are_read_by_the_same_rules(tmp_pat
         (tmp_path / split / "0").mkdir(parents=True)
         Image.fromarray(stored).save(tmp_path / split / "0" / "x.png", exif=exif)
     turned = pixels_of(stored[::-1, ::-1])
-    assert torch.equal(folder(str(tmp_path)).train.x[0], turned)
+    images = folder(str(tmp_path))
+    for split in (images.train, images.test):
+        assert torch.equal(split.x[0], turned)
+    images.tell()
     assert torch.equal(read_folder(str(tmp_path), None, [0])[0][1], turned)
-    assert capsys.readouterr().out.count("turned as its EXIF orientation (3) says") == 3
+    assert capsys.readouterr().out == "2 of 2 pictures: turned as its EXIF orientation (3) says\n" * 2
     Image.new("RGBA", (4, 4)).save(tmp_path / "train" / "0" / "x.png")
-    for read in (lambda: folder(str(tmp_path)), lambda: read_folder(str(tmp_path), None, [0])):
-        assert line_of(read).endswith("x.png: is transparent in places; save it without transparency")
+    transparent = "x.png: is transparent in places; "
+    assert line_of(read_folder, str(tmp_path), None, [0]).endswith(f"{transparent}save it without transparency")
+    assert f"{transparent}type dataset.background=white or" in line_of(folder, str(tmp_path))
 
 
 # The commands, with a model of grey 8×8 digits of 17 levels in ten classes

@@ -1,4 +1,4 @@
-"""Look at a dataset: statistics, images, loading speed."""
+"""Look at a dataset: statistics, images, loading speed; or write it as arrays, for dataset=arrays."""
 
 from pixelcnn_lit.runs.launch import launch
 
@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import time
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from pixelcnn_lit.data.datamodule import ImageData, image_data, uniform_bpd
@@ -17,15 +18,17 @@ from pixelcnn_lit.runs.run_dir import relative, run_dir
 from pixelcnn_lit.runs.terminal import progress
 
 
-def main(dataset: dict[str, Any], augmented: bool, threads: Threads) -> None:
+def main(dataset: dict[str, Any], augmented: bool, out: str | None, threads: Threads) -> None:
     take_threads(threads)
     data = image_data(dataset)
+    if out is not None:
+        write(data, Path(out))
+        return
     data.setup()
     nine = first_of_each_class(data.drawn_from if augmented else data.train, len(data.class_names), 9)
     if augmented:
         nine = data.augment(nine.flatten(0, 1)).view_as(nine)
-    all_splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    splits = {name: split for name, split in all_splits.items() if len(split)}
+    splits = data.splits()
     print(f"{data.label} ({uniform_bpd(data.levels):.4f} bpd for a uniform model)")
     for name, split in splits.items():
         print(f"{name:>10}: {len(split)} images, per channel: {statistics(split, data.levels)}")
@@ -38,6 +41,15 @@ def main(dataset: dict[str, Any], augmented: bool, threads: Threads) -> None:
         print(f"data loader: {loader_speed(data):,.0f} training images/s in batches of {data.batch_size}")
     else:
         print(f"too few to train on in batches of dataset.batch_size={data.batch_size}")
+
+
+def write(data: ImageData, folder: Path) -> None:
+    """Write the images as they are scored, whatever their number, as a folder of arrays."""
+    data.streams = True
+    data.setup()
+    data.save(folder)
+    sizes = ", ".join(f"{len(split)} {name}" for name, split in data.splits().items())
+    print(f"{data.label}, {sizes} images, to be read with dataset=arrays: {relative(folder)}")
 
 
 def statistics(split: Split, levels: int) -> str:

@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning as L
@@ -15,9 +16,10 @@ from torch import Tensor
 from pixelcnn_lit.checkpoints.read import read_checkpoint, require_same
 from pixelcnn_lit.config.build import check, resolve
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.data.images import Images, Split, carve_validation, fingerprint, verify
+from pixelcnn_lit.data.arrays import write_arrays
+from pixelcnn_lit.data.images import Images, Split, carve, fingerprint, verify
 from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, augmented, loader
-from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, requantize_levels, resize
+from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, requantize, resize
 from pixelcnn_lit.runs.run_dir import expanded, plain_name
 
 
@@ -29,18 +31,19 @@ class ImageData(L.LightningDataModule):
     the validation split is the same for every seed.
 
     Args:
-        load: the source; called once.
+        load: the source; called once. name: of the dataset; the source's own where there is none.
         batch_size: over all processes together.
         validation_fraction: of the training images, where the source has no validation split; 0 leaves none.
         levels: requantize to so many levels; 2 binarizes, by threshold ("static") or by chance ("dynamic").
-        resize, pad, horizontal_flip, random_crop: each changes the label, as fewer levels and no validation do.
+        resize: the shorter side, and the middle of the longer. Like pad, horizontal_flip, random_crop, fewer levels and
+            no validation, it changes the label.
     """
 
     def __init__(
         self,
         load: Callable[[], Images],
         *,
-        name: str,
+        name: str | None = None,
         seed: int = 0,
         batch_size: Annotated[int, Ge(1)] = 128,
         num_workers: Annotated[int, Ge(0)] = 2,
@@ -53,46 +56,57 @@ class ImageData(L.LightningDataModule):
         random_crop: Annotated[int, Ge(0)] = 0,
     ) -> None:
         super().__init__()
-        self.load, self.title, self.seed = load, name, seed
+        self.load, self.name, self.seed = load, name, seed
         self.batch_size, self.num_workers, self.validation_fraction = batch_size, num_workers, validation_fraction
         self._wanted_levels, self.dynamic = levels, levels == 2 and binarization == "dynamic"
         self.resize, self.pad, self.horizontal_flip, self.random_crop = resize, pad, horizontal_flip, random_crop
+        self._fingerprints: dict[str, str] = {}  # of the splits that were asked for it
+        self.streams = False  # whether no images are held in memory, even where reading them takes long
 
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "train"):
             return
         images = self.load()
+        self.title = self.name or images.name or "images"
+        if images.hold and not self.streams:
+            images.train, images.test = images.train.held(), images.test.held()
+            images.validation = images.validation and images.validation.held()
+            rank_zero_only(images.tell or _nothing)()
         verify(images, self.title)
-        if images.validation is None:
-            images.train, images.validation = carve_validation(images.train, self.validation_fraction, seed=0)
+        if images.validation is None and self.validation_fraction == 0:
+            images.validation = images.train[:0]
+        elif images.validation is None:
+            setting = "dataset.validation_fraction"
+            images.train, images.validation = carve(images.train, self.validation_fraction, setting)
         elif self.validation_fraction == 0:
             raise UserError(
                 f"dataset.validation_fraction=0: {self.title} has validation images of its own; leave it out"
             )
         self.class_names = images.class_names
+        self._source_changes, self._tell = images.changes, images.tell or _nothing
         self._source_levels = images.levels
         self.levels = self._wanted_levels or images.levels
         if self.levels > images.levels:
             raise UserError(f"dataset.levels={self.levels}: {self.title} has {images.levels}; type that or less")
-        # Of the images as they come: the last bits of a resized one differ between machines.
-        self._fingerprints = {name: fingerprint(split) for name, split in images.splits().items()}
-        framed = {name: self._frame(split) for name, split in images.splits().items()}
-        shown = {name: self._requantise(split) for name, split in framed.items()}
+        self._as_they_come = images.splits()
+        framed = {name: self._framed(split) for name, split in images.splits().items()}
+        shown = {name: self._requantized(split) for name, split in framed.items()}
         self.train, self.validation, self.test = shown["train"], shown["validation"], shown["test"]
         # What training batches are gathered from: under dynamic binarization the grey images, drawn anew each time.
         self.drawn_from = framed["train"] if self.dynamic else self.train
         self._augmentations = self._plan_augmentations()
 
-    def _frame(self, split: Split) -> Split:
-        x = resize(split.x, self.resize) if self.resize else split.x
-        return Split(pad(x, self.pad) if self.pad else x, split.y)
+    def _framed(self, split: Split) -> Split:
+        if self.resize:
+            split = split.changed(partial(resize, size=self.resize))
+        return split.changed(partial(pad, width=self.pad)) if self.pad else split
 
-    def _requantise(self, split: Split) -> Split:
+    def _requantized(self, split: Split) -> Split:
         if self.dynamic:
-            return Split(binarize_by_index(split.x, self._source_levels, seed=0), split.y)
+            return split.changed(partial(binarize_by_index, levels=self._source_levels, seed=0))
         if self.levels == self._source_levels:
             return split
-        return Split(requantize_levels(split.x, self._source_levels, self.levels), split.y)
+        return split.changed(partial(requantize, old=self._source_levels, new=self.levels))
 
     def _plan_augmentations(self) -> list[Augmentation]:
         """In their order, as plain functions that worker processes can be sent."""
@@ -108,41 +122,57 @@ class ImageData(L.LightningDataModule):
     @property
     def facts(self) -> dict[str, Any]:
         """Return what network and likelihood are built from; stored in the checkpoint."""
-        values = (list(self.train.x.shape[1:]), len(self.class_names), self.levels, list(self.class_names))
+        values = (list(self.train.image_shape), len(self.class_names), self.levels, list(self.class_names))
         return dict(zip(self.FACTS, values, strict=True))
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What was changed in the images that are scored."""
+        own = {
+            f"resized to {self.resize}": self.resize,
+            f"padded by {self.pad}": self.pad,
+            f"{'dynamic' if self.dynamic else 'static'} binarization": self.levels == 2 < self._source_levels,
+        }
+        return (*self._source_changes, *(change for change, made in own.items() if made))
 
     @property
     def label(self) -> str:
         """The dataset as scored and trained on: a bpd under another label is not comparable."""
-        channels, height, width = self.train.x.shape[1:]
-        changes = [
-            (not len(self.validation), "trained without validation"),
-            (self.resize, f"resized to {self.resize}"),
-            (self.pad, f"padded by {self.pad}"),
-            (self.levels == 2 < self._source_levels, f"{'dynamic' if self.dynamic else 'static'} binarization"),
-            (self.horizontal_flip, "trained with flips"),
-            (self.random_crop, f"trained with crops of {self.random_crop}"),
-        ]
-        return ", ".join(
-            [
-                f"{plain_name(self.title)} {channels}×{height}×{width}",
-                f"{self.levels} levels",
-                *(t for on, t in changes if on),
-            ]
-        )
+        channels, height, width = self.train.image_shape
+        trained = {
+            "trained without validation": not len(self.validation),
+            "trained with flips": self.horizontal_flip,
+            f"trained with crops of {self.random_crop}": self.random_crop,
+        }
+        name = f"{plain_name(self.title)} {channels}×{height}×{width}"
+        return ", ".join([name, f"{self.levels} levels", *self.changes, *(how for how, so in trained.items() if so)])
+
+    def save(self, folder: Path) -> None:
+        """Write the images as a folder of arrays, for `dataset=arrays`. Raises UserError where it cannot be written."""
+        if self.dynamic:
+            raise UserError("dataset.binarization=dynamic: draws anew in each batch; type it when you train")
+        validation = self.validation if len(self.validation) else None
+        images = Images(self.train, self.test, self.class_names, self.levels, validation, self.title, self.changes)
+        write_arrays(images, folder)
+        self._tell()
 
     def state_dict(self) -> dict[str, str]:
         """The fingerprint of each split, which Lightning keeps in a run's checkpoints under the name of this class."""
-        return self._fingerprints
+        return {name: self._fingerprint(name) for name in self._as_they_come}
+
+    def _fingerprint(self, name: str) -> str:
+        """That of the images as they come: the last bits of a resized one differ between machines."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = fingerprint(self._as_they_come[name])
+        return self._fingerprints[name]
 
     def changed_since(self, checkpoint: dict[str, Any], *splits: str) -> str | None:
         """Return what differs in the first of these splits that is not as in a checkpoint's run, if that is known."""
         kept = checkpoint.get(type(self).__qualname__)
         before = kept if isinstance(kept, dict) else {}  # it has none if it is from before there were fingerprints
         for name in splits:
-            now = self._fingerprints[name]
-            if before.get(name, now) != now:
-                return f"its {name} split was {before[name]}, here it is {now}"
+            if name in before and before[name] != self._fingerprint(name):
+                return f"its {name} split was {before[name]}, here it is {self._fingerprint(name)}"
         return None
 
     def tested_on(self, images: Split) -> "ImageData":
@@ -151,10 +181,15 @@ class ImageData(L.LightningDataModule):
         data.test = images
         return data
 
+    def splits(self) -> dict[str, Split]:
+        """Return those of the three splits that have images."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in named.items() if len(split)}
+
     def split(self, name: str) -> Split:
         """Return one of the three splits. Raises UserError where it is empty."""
-        found: Split = {"train": self.train, "validation": self.validation, "test": self.test}[name]
-        if not len(found):
+        found = self.splits().get(name)
+        if found is None:
             raise UserError(f"{name}: {self.label} has no such images; type another split")
         return found
 
@@ -218,6 +253,10 @@ def saved_or_given(ckpt: str, saved: dict[str, Any], given: dict[str, Any], comp
     if compared and "_target_" not in typed and (difference := data.changed_since(read_checkpoint(ckpt), *compared)):
         rank_zero_only(print)(f"ckpt={ckpt}: {difference}")
     return data
+
+
+def _nothing() -> None:
+    """Tell nothing: no single image was changed."""
 
 
 def uniform_bpd(levels: int) -> float:

@@ -1,38 +1,190 @@
-"""Anybody's images as PNG files, a folder a class."""
+"""Anybody's images as picture files, a folder a class."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Interval
+from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.data.images import Images, Split
-from pixelcnn_lit.data.pictures import read_picture, tell
-from pixelcnn_lit.runs.terminal import progress
+from pixelcnn_lit.data.images import Images, Split, carve
+from pixelcnn_lit.data.pictures import (
+    Background,
+    Changes,
+    Picture,
+    in_channels,
+    is_hidden,
+    natural,
+    picture_files,
+    read_all,
+    read_picture,
+    sized,
+    some,
+)
+from pixelcnn_lit.runs.run_dir import relative
+
+Kind = Literal["grey", "rgb"]
+
+# What people call the folders of the three splits, in any case.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
 
-def folder(path: str) -> Images:
-    """Images from path/train/<class>/*.png and path/test/<class>/*.png, all of one size; grey or colour as stored."""
-    root = Path(path)
-    classes = sorted(entry.name for entry in (root / "train").glob("*") if entry.is_dir())
+def folder(
+    path: str,
+    test_fraction: Annotated[float, Interval(gt=0, lt=1)] | None = None,
+    resize: Annotated[int, Ge(1)] | None = None,
+    colour: Kind | None = None,
+    background: Background | None = None,
+) -> Images:
+    """Images from path/train/CLASS/* and path/test/CLASS/*, and path/val/CLASS/* if there is one; or from path/CLASS/*.
+
+    They are pictures in any format that Pillow reads, of one size, grey or in colour as stored. Classes are in the
+    order of their names, 2 before 10.
+
+    Args:
+        test_fraction: of the images, by a fixed random choice, where there is no folder of test images.
+        resize: the shorter side, and the middle of the longer. colour: of all. background: of transparent ones.
+    """
+    reader = Reader(resize, colour, background)
+    parts = _parts(Path(path))
+    training = parts.get("train", Path(path))
+    classes = sorted((entry.name for entry in _folders(training)), key=natural)
     if not classes:
-        raise UserError(f"dataset.path={path}: no folders in {root / 'train'}; it must hold train/<class>/*.png")
-    unknown = {entry.name for entry in (root / "test").glob("*") if entry.is_dir()} - set(classes)
-    if unknown:
-        raise UserError(f"dataset.path={path}: test has classes that train lacks: {', '.join(sorted(unknown))}")
-    return Images(_split(root / "train", classes), _split(root / "test", classes), classes)
+        raise UserError(
+            f"dataset.path={path}: no folders in {training}; it must hold train/CLASS/*.png and test/CLASS/*.png, or "
+            "CLASS/*.png; of pictures without classes make one"
+        )
+    if ("test" in parts) == (test_fraction is not None):
+        wrong = (
+            f"dataset.test_fraction={test_fraction}: {parts['test']} has the test images; leave it out"
+            if "test" in parts
+            else f"dataset.path={path}: no folder of test images; type dataset.test_fraction=0.1 to split some off"
+        )
+        raise UserError(wrong)
+    splits = {name: _split(directory, classes, reader) for name, directory in ({"train": training} | parts).items()}
+    if test_fraction is not None:
+        splits["train"], splits["test"] = carve(splits["train"], test_fraction, "dataset.test_fraction")
+    changes = {
+        f"resized to {resize} and cropped": resize,
+        f"turned to {colour}": colour,
+        f"on {background}": background,
+        f"{test_fraction} split off for testing": test_fraction,
+    }
+    made = tuple(change for change, asked in changes.items() if asked)
+    return Images(
+        train=splits["train"],
+        test=splits["test"],
+        class_names=classes,
+        validation=splits.get("validation"),
+        changes=made,
+        hold=True,
+        tell=reader.changes.tell,
+    )
 
 
-def _split(directory: Path, classes: list[str]) -> Split:
-    files = [(file, label) for label, name in enumerate(classes) for file in sorted((directory / name).glob("*.png"))]
-    if not files:
-        raise UserError(f"{directory}: no images; it must hold <class>/*.png")
-    pictures = [read_picture(file) for file, _ in progress(files, desc=f"reading {directory.name}")]
-    tell(pictures)
-    images = [picture.pixels for picture in pictures]
-    for (file, _), image in zip(files, images, strict=True):
-        if image.shape != images[0].shape:
+class Reader:
+    """Reads pictures as images of one kind, and keeps what was changed in them."""
+
+    def __init__(self, resize: int | None, colour: Kind | None, background: Background | None) -> None:
+        self.resize, self.colour = resize, colour
+        self.background: Background | None = background
+        self.changes = Changes()
+        self.first: Picture | None = None
+
+    def read(self, file: Path) -> Picture:
+        picture = read_picture(file, self.background, settings="dataset.")
+        if self.colour:
+            picture = in_channels(picture, 1, "grey") if self.colour == "grey" else in_channels(picture, 3, None)
+        return sized(picture, self.resize, self.resize, resize=True) if self.resize else picture
+
+    def read_all(self, files: list[Path]) -> Tensor:
+        """Return them as uint8 [N,C,H,W]. Raises UserError where one is not as the first that was read."""
+        pictures = read_all(files, self.read)
+        self.first = self.first or pictures[0]
+        for picture in pictures:
+            self._require_alike(picture, self.first)
+            self.changes.add(picture)
+        return torch.stack([picture.pixels for picture in pictures])
+
+    @staticmethod
+    def _require_alike(picture: Picture, first: Picture) -> None:
+        channels, *size = picture.pixels.shape
+        first_channels, *first_size = first.pixels.shape
+        if channels != first_channels:
+            kind, first_kind = ("grey" if n == 1 else "in colour" for n in (channels, first_channels))
             raise UserError(
-                f"{file}: (C, H, W) = {tuple(image.shape)}, but {tuple(images[0].shape)} in {files[0][0]}; "
-                "make them one size"
+                f"{picture.file}: is {kind}, but {first.file} is {first_kind}; type dataset.colour=rgb or "
+                "dataset.colour=grey"
             )
-    return Split(torch.stack(images), torch.tensor([label for _, label in files]))
+        if size != first_size:
+            one, other = ("×".join(map(str, each)) for each in (size, first_size))
+            raise UserError(
+                f"{picture.file}: {one} pixels, but {first.file} has {other}; type dataset.resize={min(first_size)}"
+            )
+
+
+class Pictures:
+    """Images in picture files, which are read when they are asked for."""
+
+    dtype = torch.uint8
+
+    def __init__(self, files: list[Path], reader: Reader) -> None:
+        self.files, self.reader = files, reader
+        self.image_shape = tuple(reader.read(files[0]).pixels.shape)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        channels, height, width = self.image_shape
+        return len(self.files), channels, height, width
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return self.reader.read_all([self.files[n] for n in positions.tolist()])
+
+
+def _folders(directory: Path) -> list[Path]:
+    entries = directory.iterdir() if directory.is_dir() else []
+    return [entry for entry in entries if entry.is_dir() and not is_hidden(Path(entry.name))]
+
+
+def _parts(root: Path) -> dict[str, Path]:
+    """Return the folder of each split that has one; nothing where there is none of training images."""
+    found: dict[str, list[Path]] = {name: [] for name in SPLITS}
+    others = []
+    for entry in sorted(_folders(root)):
+        names = [name for name, words in SPLITS.items() if entry.name.lower() in words]
+        (found[names[0]] if names else others).append(entry)
+    if not found["train"]:
+        named = [folder for folders in found.values() for folder in folders]
+        if named:
+            raise UserError(f"{named[0]}: no folder of training images beside it; call that {root / 'train'}")
+        return {}
+    for name, folders in found.items():
+        if len(folders) > 1:
+            raise UserError(f"{folders[0]} and {folders[1]}: which holds the {name} images? leave one")
+    if others:
+        print(f"{relative(root)}: folders left out, which are none of a split: {len(others)} ({some(others)})")
+    return {name: folders[0] for name, folders in found.items() if folders}
+
+
+def _split(directory: Path, classes: list[str], reader: Reader) -> Split:
+    files: list[tuple[int, Path]] = []
+    loose: list[Path] = []
+    for file in picture_files(directory):
+        name, *inside = file.relative_to(directory).parts
+        if not inside:
+            loose.append(file)
+        elif name in classes:
+            files.append((classes.index(name), file))
+        else:
+            raise UserError(f"{directory}: has a class that the training images lack: {name}; remove it, or add some")
+    if loose:
+        print(f"{relative(directory)}: pictures left out that are in no class: {len(loose)} ({some(loose)})")
+    if not files:
+        raise UserError(f"{directory}: no pictures in folders; it must hold CLASS/*.png")
+    files.sort()
+    return Split(Pictures([file for _, file in files], reader), torch.tensor([label for label, _ in files]))

@@ -1,37 +1,138 @@
-"""The images that a source hands over, and checks of them."""
+"""The images that a source hands over, wherever they lie, and checks of them."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.runs.terminal import progress
+
+PART = 1024  # images at a time where all are read
+LARGE_PART = 2**26  # bytes of a part of a split that is not to be in memory as a whole
 
 
-@dataclass
+class Stored(Protocol):
+    """Images [N,C,H,W] that need not be in memory: those at some positions, int64 [B], are read when asked for."""
+
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+
+    def __getitem__(self, positions: Tensor) -> Tensor: ...
+
+
+class Subset:
+    """Some of the images of another store."""
+
+    def __init__(self, whole: "Tensor | Stored", positions: Tensor) -> None:
+        if isinstance(whole, Subset):
+            whole, positions = whole.whole, whole.positions[positions]
+        self.whole, self.positions, self.dtype = whole, positions, whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        _, channels, height, width = self.whole.shape
+        return len(self.positions), channels, height, width
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return self.whole[self.positions[positions]]
+
+
+class Changed:
+    """The images of another store as `change` makes them of images [B,C,H,W] and of their positions in it [B]."""
+
+    def __init__(self, before: "Tensor | Stored", change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.before, self.change, self.dtype = before, change, before.dtype
+        blank = torch.zeros(1, *before.shape[1:], dtype=torch.uint8)
+        _, *self.image_shape = change(blank, torch.zeros(1, dtype=torch.int64)).shape
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        channels, height, width = self.image_shape
+        return self.before.shape[0], channels, height, width
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return self.change(self.before[positions], positions)
+
+
 class Split:
-    """Images uint8 [N,C,H,W] and their classes int64 [N]."""
+    """Images and their classes, int64 [N].
 
-    x: Tensor
-    y: Tensor
+    The images are uint8 [N,C,H,W]; int32 where they have more than 256 levels. A part of a split, `split[positions]`,
+    holds no images of its own.
+    """
+
+    def __init__(self, images: Tensor | Stored, y: Tensor) -> None:
+        self.images, self.y = images, y
 
     def __len__(self) -> int:
         return len(self.y)
 
     def __getitem__(self, positions: Tensor | slice) -> "Split":
-        return Split(self.x[positions], self.y[positions])
+        if isinstance(positions, slice):
+            positions = torch.arange(len(self))[positions]
+        return Split(Subset(self.images, positions), self.y[positions])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    @property
+    def x(self) -> Tensor:
+        """All its images, in memory."""
+        if isinstance(self.images, Tensor):
+            return self.images
+        if len(self) <= PART:
+            return self.images[torch.arange(len(self))].contiguous()
+        x = torch.empty(self.images.shape, dtype=self.images.dtype)
+        for n, part in enumerate(progress(self.parts(PART), desc="reading images")):
+            x[n * PART : n * PART + len(part)] = part.x
+        return x
+
+    def held(self) -> "Split":
+        """Return the same split, its images in memory."""
+        return Split(self.x, self.y)
+
+    def parts(self, n: int) -> Sequence["Split"]:
+        """Return the split as parts of `n` images, the last of what is left; each is read when its `x` is."""
+        return [self[first : first + n] for first in range(0, len(self), n)]
+
+    def large_parts(self) -> Sequence["Split"]:
+        """Return it as few parts that need little memory: one, of most datasets."""
+        channels, height, width = self.image_shape
+        return self.parts(max(1, LARGE_PART // (channels * height * width * self.images.dtype.itemsize)))
+
+    def changed(self, change: Callable[[Tensor, Tensor], Tensor]) -> "Split":
+        """Return the same split with its images changed whenever they are read: see `Changed`."""
+        return Split(Changed(self.images, change), self.y)
 
 
 @dataclass
 class Images:
-    """A labelled set of images as its source publishes it. Without `validation`, part of `train` becomes it."""
+    """A labelled set of images as its source publishes it. Without `validation`, part of `train` becomes it.
+
+    Args:
+        name: of the dataset, and its version, where the source knows it.
+        changes: what was changed in the images, as the label of a result names it.
+        hold: whether to hold the images in memory, since reading them takes long.
+        tell: prints what was changed in single images, once all have been read.
+    """
 
     train: Split
     test: Split
     class_names: list[str]
     levels: int = 256
     validation: Split | None = None
+    name: str | None = None
+    changes: tuple[str, ...] = ()
+    hold: bool = False
+    tell: Callable[[], None] | None = None
 
     def splits(self) -> dict[str, Split]:
         named = {"train": self.train, "validation": self.validation, "test": self.test}
@@ -40,37 +141,51 @@ class Images:
 
 def fingerprint(split: Split) -> str:
     """Return how many images, and a checksum of these and of their classes, in their order."""
-    checksum = hashlib.sha256(f"{list(split.x.shape)}".encode())
-    for part in (split.x, split.y):
-        checksum.update(part.reshape(-1).numpy().data)
+    checksum = hashlib.sha256(f"{[len(split), *split.image_shape]}".encode())
+    for part in progress(split.parts(PART), desc="checksum"):
+        checksum.update(part.x.contiguous().reshape(-1).numpy().data)
+    checksum.update(split.y.numpy().data)
     return f"{len(split)} images of checksum {checksum.hexdigest()[:16]}"
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """Images as most files hold them, [N,H,W] or [N,H,W,C], to [N,C,H,W]."""
-    return (x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
+    """Images as most files hold them, [N,H,W] or [N,H,W,C], as [N,C,H,W]: the same memory."""
+    return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
 
 
 def verify(images: Images, name: str) -> None:
     """Raise UserError unless shapes, values and classes are what the rest of the program relies on."""
-    shapes = {tuple(split.x.shape[1:]) for split in images.splits().values()}
+    shapes = {split.image_shape for split in images.splits().values()}
     if len(shapes) != 1:
         raise UserError(f"{name}: images of different sizes (C, H, W): {sorted(shapes)}; make them one size")
     for split_name, split in images.splits().items():
         where = f"{name}, {split_name} split"
-        if split.x.ndim != 4 or not len(split) or len(split.x) != len(split):
-            raise UserError(f"{where}: {list(split.x.shape)} images and {len(split)} labels; give one label an image")
-        if split.x.shape[1] not in (1, 3) or split.x.dtype != torch.uint8:
-            raise UserError(
-                f"{where}: {split.x.shape[1]} channels of {split.x.dtype}; give 1 (grey) or 3 (RGB) of uint8"
-            )
-        if int(split.x.max()) >= images.levels:
-            raise UserError(f"{where}: a value of {int(split.x.max())} in images of {images.levels} levels")
+        n = split.images.shape[0]
+        if not len(split) or n != len(split):
+            raise UserError(f"{where}: {n} images and {len(split)} labels; give one label an image")
+        _verify_values(split, images.levels, where)
         if int(split.y.min()) < 0 or int(split.y.max()) >= len(images.class_names):
             raise UserError(
                 f"{where}: labels {int(split.y.min())}..{int(split.y.max())} out of range; "
                 f"{len(images.class_names)} classes take labels 0..{len(images.class_names) - 1}"
             )
+    empty = (torch.bincount(images.train.y, minlength=len(images.class_names)) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise UserError(
+            f"{name}: class {images.class_names[empty[0]]} has no training images; give it some, or leave it out"
+        )
+
+
+def _verify_values(split: Split, levels: int, where: str) -> None:
+    dtype, channels = split.images.dtype, split.image_shape[0]
+    if channels not in (1, 3) or dtype != torch.uint8:
+        raise UserError(f"{where}: {channels} channels of {dtype}; give 1 (grey) or 3 (RGB) of uint8")
+    if levels < 256 and (largest := largest_value(split)) >= levels:
+        raise UserError(f"{where}: a value of {largest} in images of {levels} levels")
+
+
+def largest_value(split: Split) -> int:
+    return max(int(part.x.max()) for part in progress(split.parts(PART), desc="looking at all values"))
 
 
 def random_positions(total: int, n: int) -> Tensor:
@@ -80,35 +195,32 @@ def random_positions(total: int, n: int) -> Tensor:
 
 def first_of_each_class(split: Split, num_classes: int, n: int) -> Tensor:
     """The first `n` images of each class, uint8 [num_classes,n,C,H,W]; black where a class has fewer."""
-    rows = torch.zeros(num_classes, n, *split.x.shape[1:], dtype=torch.uint8)
+    rows = torch.zeros(num_classes, n, *split.image_shape, dtype=torch.uint8)
     for label in range(num_classes):
         first = (split.y == label).nonzero()[:n, 0]
-        rows[label, : len(first)] = split.x[first]
+        rows[label, : len(first)] = split[first].x
     return rows
 
 
 def channel_statistics(split: Split) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over all pixels, from the counts of the levels: exact."""
-    mean, std = [], []
-    for channel in split.x.transpose(0, 1):
-        counts = torch.bincount(channel.flatten().int()).double()
-        level, share = torch.arange(len(counts)), counts / counts.sum()
-        mean.append(float((level * share).sum()))
-        std.append(float(((level - mean[-1]) ** 2 * share).sum().sqrt()))
-    return mean, std
+    counts = torch.zeros(split.image_shape[0], 256, dtype=torch.float64)
+    for part in progress(split.parts(PART), desc="statistics"):
+        for count, channel in zip(counts, part.x.transpose(0, 1), strict=True):
+            count += torch.bincount(channel.flatten().int(), minlength=len(count))
+    shares, level = counts / counts.sum(1, keepdim=True), torch.arange(counts.shape[1])
+    mean = (shares * level).sum(1)
+    std = (shares * (level - mean[:, None]) ** 2).sum(1).sqrt()
+    return mean.tolist(), std.tolist()
 
 
-def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Training and validation images from the official training set, by a permutation drawn from `seed`.
+def carve(split: Split, fraction: float, setting: str) -> tuple[Split, Split]:
+    """Return the rest and a fraction of a split, always the same ones.
 
-    A fraction of 0 leaves no validation images.
+    Raises UserError, which names the `setting` that the fraction is of, where one of them is empty.
     """
-    if fraction == 0:
-        return train, train[:0]
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    n_validation = round(fraction * len(train))
-    if not 0 < n_validation < len(train):
-        raise UserError(
-            f"dataset.validation_fraction={fraction}: leaves an empty split of {len(train)} images; type another, or 0"
-        )
-    return train[order[n_validation:]], train[order[:n_validation]]
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    n = round(fraction * len(split))
+    if not 0 < n < len(split):
+        raise UserError(f"{setting}={fraction}: leaves an empty split of {len(split)} images; type another")
+    return split[order[n:]], split[order[:n]]

@@ -1,4 +1,4 @@
-"""Batches gathered whole from one uint8 tensor, in an order that is a function of (seed, epoch)."""
+"""Batches gathered whole from a split, in an order that is a function of (seed, epoch)."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -73,15 +73,15 @@ def augmented(x: Tensor, augmentations: Sequence[Augmentation], seed: int) -> Te
 
 
 class Gather(Dataset):
-    """A split as whole batches: two index operations a batch, then the augmentations, if any."""
+    """A split as whole batches: a few index operations a batch, then the augmentations, if any."""
 
     def __init__(self, split: Split, augmentations: Sequence[Augmentation] = ()) -> None:
         self.split, self.augmentations = split, augmentations
 
     def __getitems__(self, batch: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         seed, positions = batch
-        chosen = self.split[positions]
-        return augmented(chosen.x, self.augmentations, seed), chosen.y
+        x = self.split.images[positions].contiguous()
+        return augmented(x, self.augmentations, seed), self.split.y[positions]
 
 
 class LazyLoader(DataLoader):

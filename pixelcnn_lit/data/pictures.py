@@ -4,24 +4,32 @@ import contextlib
 import dataclasses
 import functools
 import graphlib
+import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from pixelcnn_lit.config.errors import UserError, first_line
+from pixelcnn_lit.config.errors import UserError, first_line, printable
 from pixelcnn_lit.data.transforms import requantize_levels
+from pixelcnn_lit.runs.machine import cores
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.terminal import progress
 
 Background = Literal["white", "black"]
 Colour = Literal["grey"]
+
+# What Pillow says of odd files, it says in the error too, or it is of no consequence for the pixels. Not where they are
+# read: those are threads, which all share the filters.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Pillow recognizes these, but leaves the reading to other programs.
 UNREAD = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -43,6 +51,10 @@ class Picture:
     pixels: Tensor
     changes: tuple[str, ...] = ()
 
+    def name_in(self, folder: Path) -> str:
+        """Return the name of its file below a folder, on one line whatever it is."""
+        return printable(self.file.relative_to(folder).as_posix())
+
     def changed(self, pixels: Tensor, change: str) -> "Picture":
         return dataclasses.replace(self, pixels=pixels, changes=(*self.changes, change))
 
@@ -61,7 +73,7 @@ def read_picture(file: Path, background: Background | None = None, settings: str
     if not file.is_file():
         raise UserError(f"{file}: {'is a folder; type one file' if file.is_dir() else 'no such file'}")
     try:
-        with warnings.catch_warnings(action="ignore"), _opened(file) as image:
+        with _opened(file) as image:
             decoded, changes = _decoded(image, file, background, settings)
     except UserError:
         raise
@@ -205,59 +217,110 @@ def require_pictures(key: str, **settings: object) -> None:
             raise UserError(f"{name}: is for pictures of your own; type {key}, too, or leave {name} out")
 
 
-def tell(pictures: Sequence[Picture]) -> None:
-    """Print what was changed in pictures, a line for each kind of change, in the order in which they were made."""
-    files: dict[str, list[Path]] = {}
-    order: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
-    for picture in pictures:
+class Changes:
+    """What was changed in pictures: how often each change was made, the first file, and which came before which."""
+
+    def __init__(self) -> None:
+        self.pictures = 0
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, Path] = {}
+        self.before: dict[str, set[str]] = {}
+
+    def add(self, picture: Picture) -> None:
+        self.pictures += 1
+        self.counts.update(picture.changes)
         for n, change in enumerate(picture.changes):
-            files.setdefault(change, []).append(picture.file)
-            order.add(change, *picture.changes[:n])
-    for change in order.static_order():
-        those = files[change]
-        which = relative(those[0]) if len(those) == 1 else f"{len(those)} of {len(pictures)} pictures"
-        print(f"{which}: {change}")
+            self.first.setdefault(change, picture.file)
+            self.before.setdefault(change, set()).update(picture.changes[:n])
+
+    def tell(self) -> None:
+        """Print a line for each kind of change, in the order in which they were made."""
+        for change in graphlib.TopologicalSorter(self.before).static_order():
+            count = self.counts[change]
+            which = relative(self.first[change]) if count == 1 else f"{count} of {self.pictures} pictures"
+            print(f"{which}: {change}")
+
+
+def tell(pictures: Iterable[Picture]) -> None:
+    """Print what was changed in pictures: see `Changes`."""
+    changes = Changes()
+    for picture in pictures:
+        changes.add(picture)
+    changes.tell()
+
+
+def read_all(files: Sequence[Path], read: Callable[[Path], Picture]) -> list[Picture]:
+    """Return what `read` makes of each file, on all cores: decoding lets other threads run."""
+    return _on_all_cores(read, files, desc="reading")
+
+
+def _on_all_cores(function: Callable[[Path], Any], files: Sequence[Path], **bar: object) -> list[Any]:
+    _formats()  # before there are threads
+    with ThreadPoolExecutor(cores()) as threads:
+        return list(progress(threads.map(function, files), total=len(files), **bar))
 
 
 def picture_files(folder: Path) -> list[Path]:
     """Return all pictures below a folder, by their content, 2 before 10. Prints how many other files lie there.
 
-    Raises UserError where there are no pictures.
+    A file that is named as a picture is one, even if it is damaged. Raises UserError where there are no pictures.
     """
-    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: _natural(file.as_posix()))
-    visible = [file for file in files if not _is_hidden(file.relative_to(folder))]
-    pictures = [file for file in progress(visible, desc="looking for pictures") if _is_picture(file)]
+    files = sorted(_files_below(folder), key=lambda file: natural(file.as_posix()))
+    visible = [file for file in files if not is_hidden(file.relative_to(folder))]
+    found = _on_all_cores(_is_picture, visible, desc="looking for pictures")
+    pictures = [file for file, picture in zip(visible, found, strict=True) if picture]
     others = sorted(set(visible) - set(pictures))
     if len(visible) < len(files):
         print(f"{relative(folder)}: hidden and system files left out: {len(files) - len(visible)}")
     if others:
-        print(f"{relative(folder)}: files left out that are no pictures: {len(others)} ({_some(others)})")
+        print(f"{relative(folder)}: files left out that are no pictures: {len(others)} ({some(others)})")
     if not pictures:
         raise UserError(f"{folder}: no pictures in it; type another folder")
     return pictures
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Links to folders are followed, to each once. A link that leads nowhere is a file, which cannot be read."""
+    seen = {os.path.realpath(folder)}
+
+    def is_new(path: Path) -> bool:
+        real = os.path.realpath(path)
+        new = real not in seen
+        seen.add(real)
+        return new
+
+    for directory, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        folders[:] = [name for name in sorted(folders) if is_new(Path(directory, name))]
+        paths = [Path(directory, name) for name in names]
+        yield from (path for path in paths if path.is_file() or path.is_symlink())
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def natural(name: str) -> list[tuple[int, str]]:
     """A key to sort by as people count: numbers by value."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _is_hidden(path: Path) -> bool:
+def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part in SYSTEM for part in path.parts)
 
 
 def _is_picture(file: Path) -> bool:
-    """Return whether Pillow recognizes a file; one that is damaged is a picture, too."""
+    """Return whether Pillow recognizes a file, by its content or by the ending of its name."""
     try:
-        with warnings.catch_warnings(action="ignore"), _opened(file):
+        with _opened(file):
             return True
     except UnidentifiedImageError:
-        return False
+        return file.suffix.lower() in Image.registered_extensions()
     except Exception:
         return True
 
 
-def _some(files: Sequence[Path]) -> str:
+def some(files: Sequence[Path]) -> str:
+    """Return the names of the first few."""
     return ", ".join(file.name for file in files[:3]) + ", ..." * (len(files) > 3)
 
 

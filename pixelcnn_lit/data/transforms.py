@@ -1,22 +1,27 @@
-"""Changes of images: once at loading, or anew in each batch."""
+"""Changes of images [B,C,H,W]: the same ones whenever they are read, or anew in each batch.
+
+The former are told the images' positions in their split, `at`, int64 [B].
+"""
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from pixelcnn_lit.nn.noise import uniform
-from pixelcnn_lit.runs.terminal import progress
 
 
-def resize(x: Tensor, size: int) -> Tensor:
-    """uint8 [N,C,H,W] with the shorter side scaled to `size` (bilinear, antialiased): other pixels, another dataset."""
-    chunks = [F.resize(chunk, [size], antialias=True) for chunk in progress(x.split(1024), desc="resizing")]
-    return torch.cat(chunks)
+def resize(x: Tensor, at: Tensor, size: int) -> Tensor:
+    """The shorter side scaled to `size` (bilinear, antialiased), and the middle of the longer: another dataset."""
+    return F.center_crop(F.resize(x, [size], antialias=True), [size])
 
 
-def pad(x: Tensor, width: int) -> Tensor:
-    """uint8 [N,C,H,W] with `width` black pixels on each side."""
+def pad(x: Tensor, at: Tensor, width: int) -> Tensor:
+    """`width` black pixels on each side."""
     return torch.nn.functional.pad(x, (width,) * 4)
+
+
+def requantize(x: Tensor, at: Tensor, old: int, new: int) -> Tensor:
+    return requantize_levels(x, old, new)
 
 
 def requantize_levels(x: Tensor, old: int, new: int) -> Tensor:
@@ -24,12 +29,10 @@ def requantize_levels(x: Tensor, old: int, new: int) -> Tensor:
     return (x.int() * new).div(old, rounding_mode="floor").to(torch.uint8)
 
 
-def binarize_by_index(x: Tensor, levels: int, seed: int) -> Tensor:
+def binarize_by_index(x: Tensor, at: Tensor, levels: int, seed: int) -> Tensor:
     """Draw each pixel white with probability x / (levels - 1); image n's draw is a function of (seed, n)."""
-    binary = torch.empty_like(x)
-    for n, image in enumerate(progress(x, desc="binarizing")):
-        binary[n] = uniform((seed, n), tuple(image.shape)) < image / (levels - 1)
-    return binary
+    noise = torch.stack([uniform((seed, n), tuple(x.shape[1:])) for n in at.tolist()])
+    return (noise < x / (levels - 1)).to(torch.uint8)
 
 
 def flip(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -152,19 +152,21 @@ class Density(nn.Module):
         given = classes.tolist() if isinstance(classes, Tensor) else classes
         names = self.class_names
         numbers: list[Any] = [names.index(str(one)) if str(one) in names else one for one in given]
-        self._require_known(numbers, setting)
+        self._require_known(numbers, given, setting)
         return numbers
 
-    def _require_known(self, numbers: Sequence[object], setting: str) -> None:
-        """Raise UserError, which names the first that is wrong, unless the model was trained on these classes."""
-        wrong = [one for one in numbers if not _is_whole(one) or one not in self.known_classes]
+    def _require_known(self, numbers: Sequence[object], given: Sequence[object], setting: str) -> None:
+        """Raise UserError, which names the first that is wrong as it was given, unless the model knows all of them."""
+        known = self.known_classes
+        wrong = [
+            one for number, one in zip(numbers, given, strict=True) if not _is_whole(number) or number not in known
+        ]
         if numbers and not wrong:
             return
         called = {n: name if name == str(n) else f"{name} ({n})" for n, name in enumerate(self.class_names)}
         called[self.num_classes] = f"{self.num_classes} (which stands for no class)"
-        known = ", ".join(called[n] for n in self.known_classes) if self.conditional else "no classes"
-        given = f"{setting}={wrong[0]}" if wrong else f"{setting}=[]"
-        raise UserError(f"{given}: this model was trained on {known}")
+        trained_on = ", ".join(called[n] for n in known) if self.conditional else "no classes"
+        raise UserError(f"{setting}={wrong[0] if wrong else '[]'}: this model was trained on {trained_on}")
 
     def features(self, x: Tensor, y: Tensor) -> Tensor:
         """Levels [B,C,H,W] and classes int64 [B] -> what the network knows of each pixel, [B,D,H,W]."""
@@ -322,7 +324,7 @@ class Density(nn.Module):
             given = f"a list of {len(x)} names or numbers, or a torch.Tensor, int64 [{len(x)}]"
             raise UserError(f"y: {_described(y)}; give the class of each image: {given}")
         if len(y) and self.conditional:
-            self._require_known(y.tolist(), "y")
+            self._require_known(y.tolist(), y.tolist(), "y")
         return x.to(self.device), y.to(self.device)
 
     def _require_images(self, x: Tensor) -> None:

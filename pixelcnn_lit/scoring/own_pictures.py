@@ -6,18 +6,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pixelcnn_lit.config.errors import printable
 from pixelcnn_lit.data.grids import as_rgb, heat, save, tiled
 from pixelcnn_lit.data.images import random_positions
 from pixelcnn_lit.data.pictures import Picture, picture_files, read_image, tell
 from pixelcnn_lit.density.bayes import marginal, posterior
 from pixelcnn_lit.density.density import Density, bits
+from pixelcnn_lit.density.negatives import hint_at_negatives, likelier_as_negatives
 from pixelcnn_lit.runs.run_dir import relative, run_dir
 from pixelcnn_lit.runs.terminal import progress
 
 SHOWN = 100  # pictures that are listed and drawn; all are in the json
 LONGEST = 24  # characters of a name beside its picture
-MUCH_LIKELIER = 0.7  # times the nats: pictures of photographs and of their negatives are much closer
 
 
 def read_pictures(path: Path, n_images: int | None, model: Density, changes: dict[str, Any]) -> list[Picture]:
@@ -42,7 +41,7 @@ def score_pictures(
     spent = torch.cat([model.bits_per_pixel(*batch).cpu() for batch in progress(batches, desc="scoring")])
     bpd = (spent.double().sum((1, 2)) if given.nats is None else bits(given.nats)) / model.dims
     columns = {
-        "file": [picture.file.relative_to(folder).as_posix() for picture in pictures],
+        "file": [picture.name_in(folder) for picture in pictures],
         "class": model.called(given.y.tolist()),
         "probability": [None] * len(x) if given.probability is None else given.probability.tolist(),
         "bpd": bpd.tolist(),
@@ -91,31 +90,17 @@ def table(rows: list[dict[str, Any]], mean: float) -> str:
     lines = [["file", "class", "bpd"]]
     for row in rows:
         sure = "" if row["probability"] is None else f" ({row['probability']:.0%})"
-        lines.append([printable(row["file"]), f"{row['class']}{sure}", f"{row['bpd']:.4f}"])
+        lines.append([row["file"], f"{row['class']}{sure}", f"{row['bpd']:.4f}"])
     lines += [["mean", "", f"{mean:.4f}"]]
     first, second, third = (max(map(len, column)) for column in zip(*lines, strict=True))
     return "\n".join(f"{file:{first}}  {name:>{second}}  {bpd:>{third}}" for file, name, bpd in lines)
-
-
-def likelier_as_negatives(model: Density, x: Tensor, y: Tensor) -> Tensor:
-    """Return whether each image [B,C,H,W] of a class [B] would be much likelier inverted: bool [B]."""
-    negative = model.nats(model.levels - 1 - x, y)
-    return (negative < MUCH_LIKELIER * model.nats(x, y)).cpu()
-
-
-def hint_at_negatives(likelier: Tensor) -> None:
-    """Print a line where pictures are likelier inverted, as drawings on paper are to a model of white on black."""
-    count = int(likelier.sum())
-    if count:
-        those = "the picture is" if len(likelier) == 1 else f"{count} of {len(likelier)} pictures are"
-        print(f"{those} much likelier inverted (black on white?): type invert=true")
 
 
 def show_bits(model: Density, x: Tensor, spent: Tensor, rows: list[dict[str, Any]]) -> None:
     """Draw each image beside a map of its bits."""
     most = model.uniform_bits
     pairs = torch.stack([as_rgb(x, model.levels), heat(spent, most)], dim=1)
-    stems = [printable(Path(row["file"]).stem) for row in rows]
+    stems = [Path(row["file"]).stem for row in rows]
     short = [stem if len(stem) <= LONGEST else stem[: LONGEST - 1] + "…" for stem in stems]
     names = [f"{stem}: {row['class']}, {row['bpd']:.2f} bpd" for stem, row in zip(short, rows, strict=True)]
     path = run_dir() / "bits_per_pixel.png"

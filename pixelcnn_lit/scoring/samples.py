@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.lit.classifier_module import ClassifierModule
 from pixelcnn_lit.lit.metrics import accuracy, per_class
 from pixelcnn_lit.runs.terminal import progress
@@ -44,10 +45,10 @@ class SampleScores(NamedTuple):
 
 
 @torch.no_grad()
-def read(judge: ClassifierModule, x: Tensor, batch_size: int) -> Features:
-    """Images uint8 [N,C,H,W], read in batches on the judge's device."""
-    batches = progress(x.split(batch_size), desc="reading")
-    features = torch.cat([judge.features(batch.to(judge.device)).cpu() for batch in batches])
+def read(judge: ClassifierModule, images: Split, batch_size: int) -> Features:
+    """Images, read in batches on the judge's device."""
+    batches = progress(images.parts(batch_size), desc="reading")
+    features = torch.cat([judge.features(batch.x.to(judge.device)).cpu() for batch in batches])
     heads = [judge.net.head(batch.to(judge.device)).cpu() for batch in features.split(batch_size)]
     return Features(features, torch.cat(heads).argmax(1))
 

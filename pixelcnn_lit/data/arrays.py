@@ -1,0 +1,197 @@
+"""Anybody's images as NumPy arrays in a folder, which stay on disk: they may be larger than memory."""
+
+import json
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from annotated_types import Interval
+from torch import Tensor
+
+from pixelcnn_lit.config.errors import UserError, first_line
+from pixelcnn_lit.data.images import PART, Images, Split, Stored, channels_first
+from pixelcnn_lit.runs.atomic import UNFINISHED
+from pixelcnn_lit.runs.terminal import progress
+
+FACTS = "dataset.json"
+PARTS = {"train": "train", "validation": "val", "test": "test"}  # how the names of arrays begin
+DARK = 16  # values below it alone are hardly those of 256 levels
+Levels = Annotated[int, Interval(ge=2, le=256)] | None
+
+
+class Mapped:
+    """The images of an .npy file, [N,H,W] or [N,H,W,C], mapped into memory: the pages of several processes are one."""
+
+    dtype = torch.uint8
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._array = np.load(file, mmap_mode="r", allow_pickle=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        n, height, width, *channels = self._array.shape
+        return n, channels[0] if channels else 1, height, width
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return channels_first(torch.from_numpy(np.take(self._array, positions.numpy(), axis=0)))
+
+    def __reduce__(self) -> tuple[type["Mapped"], tuple[Path]]:
+        return Mapped, (self.file,)  # a process that is spawned maps the file, too, and is sent no images
+
+
+def arrays(path: str, source_levels: Levels = None) -> Images:
+    """Images from a folder of arrays, as `python -m pixelcnn_lit.data out=FOLDER` writes it, or anybody.
+
+    Files: train_images.npy and test_images.npy uint8 [N,H,W] or [N,H,W,C], train_labels.npy and test_labels.npy
+    integers [N] from 0, and, if wanted, val_images.npy and val_labels.npy, and dataset.json, an object with class_names
+    (a list), levels, name and changes (a list: what was changed in the images).
+
+    Args:
+        source_levels: of the images, where they have fewer than 256.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"dataset.path={path}: no such folder; type dataset.path=FOLDER, with train_images.npy in it")
+    facts = _facts(folder / FACTS)
+    try:
+        return labelled_images(
+            f"dataset.path={path}",
+            {file.stem for file in folder.glob("*.npy")},
+            load=lambda key: np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False),
+            store=lambda key, _: Mapped(folder / f"{key}.npy"),
+            facts=facts | ({"levels": source_levels} if source_levels else {}),
+        )
+    except (ValueError, EOFError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"dataset.path={path}: a damaged .npy file ({first_line(error)}); create it again") from error
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        facts: dict[str, Any] = json.loads(file.read_bytes())
+        texts = [facts.get("name", ""), *facts.get("class_names", []), *facts.get("changes", [])]
+        if all(isinstance(text, str) for text in texts) and 2 <= facts.get("levels", 256) <= 256:
+            return facts
+    except (ValueError, TypeError, AttributeError):
+        pass  # what is in it is of another kind
+    raise UserError(f"{file}: must hold an object of class_names, levels, name and changes; create it again")
+
+
+def labelled_images(
+    where: str,
+    keys: Collection[str],
+    load: Callable[[str], np.ndarray],
+    store: Callable[[str, np.ndarray], Tensor | Stored],
+    facts: dict[str, Any],
+) -> Images:
+    """Return the images of several arrays, checked. Raises UserError, which begins with `where`.
+
+    Args:
+        keys: of the arrays that there are. load: returns one of them.
+        store: how an array of images, which it is given with its key, is kept.
+        facts: class_names, levels, name and changes, as far as they are known.
+    """
+    splits = {}
+    for name, part in PARTS.items():
+        if name == "validation" and not any(key.startswith(f"{part}_") for key in keys):
+            continue
+        for key in (f"{part}_images", f"{part}_labels"):
+            if key not in keys:
+                raise UserError(f"{where}: there is no {key} in it; it has: {', '.join(sorted(keys)) or 'no arrays'}")
+        y = _labels(where, f"{part}_labels", load(f"{part}_labels"))
+        x = load(f"{part}_images")
+        _require_images(where, f"{part}_images", x)
+        if len(x) != len(y):
+            raise UserError(f"{where}: {len(x)} {part}_images and {len(y)} labels; give one label an image")
+        splits[name] = Split(store(f"{part}_images", x), y)
+    if "levels" not in facts:
+        _require_256_levels(where, splits["train"])
+    return Images(
+        **splits,
+        class_names=_class_names(where, splits["train"].y, facts.get("class_names")),
+        levels=facts.get("levels", 256),
+        name=facts.get("name"),
+        changes=tuple(facts.get("changes", ())),
+    )
+
+
+def _labels(where: str, key: str, y: np.ndarray) -> Tensor:
+    """int64 [N] of integers [N], or [N,1], as MedMNIST has them."""
+    if y.dtype.kind not in "iu" or y.ndim not in (1, 2) or y.shape[1:] not in ((), (1,)):
+        raise UserError(f"{where}: {key} is {y.dtype} {list(y.shape)}; give integers [N]")
+    return torch.from_numpy(y.reshape(-1).astype(np.int64))
+
+
+def _require_images(where: str, key: str, x: np.ndarray) -> None:
+    what = f"{where}: {key} is {x.dtype} {list(x.shape)}"
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise UserError(f"{what}; give uint8 [N,H,W] or [N,H,W,C]")
+    if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
+        raise UserError(f"{what}, which looks like [N,C,H,W]; give [N,H,W,C], as {key}.transpose(0, 2, 3, 1)")
+
+
+def _require_256_levels(where: str, split: Split) -> None:
+    largest = 0
+    for part in progress(split.parts(PART), desc="looking at all values"):
+        largest = max(largest, int(part.x.max()))
+        if largest >= DARK:
+            return
+    raise UserError(
+        f"{where}: no value is above {largest}, so that images of 256 levels would be nearly black; type "
+        f"dataset.source_levels={max(2, largest + 1)}, or 256 if they are"
+    )
+
+
+def _class_names(where: str, y: Tensor, names: list[str] | None) -> list[str]:
+    """Return the names of the classes, which without any are the labels of the training images, 0 to the last."""
+    if names is not None:
+        return names
+    kinds = y.unique().tolist()
+    if kinds != list(range(len(kinds))):
+        first, last = (kinds[0], kinds[-1]) if kinds else (None, None)
+        begin = "; they begin at 1: subtract 1" if kinds == list(range(1, len(kinds) + 1)) else ""
+        raise UserError(
+            f"{where}: class {next(n for n in range(len(kinds) + 1) if n not in kinds)} has no training images: "
+            f"train_labels are {len(kinds)} kinds of numbers, {first} to {last}; give 0 to {len(kinds) - 1}{begin}"
+        )
+    return [str(n) for n in kinds]
+
+
+def write_arrays(images: Images, folder: Path) -> None:
+    """Write images as a folder that `arrays` reads, a part at a time, whole or not at all.
+
+    Raises UserError where the folder is there already.
+    """
+    if folder.exists():
+        raise UserError(f"out={folder}: is there already; type another name")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(mkdtemp(dir=folder.absolute().parent, prefix=UNFINISHED))
+    try:
+        for name, split in images.splits().items():
+            _write_images(split, unfinished / f"{PARTS[name]}_images.npy", name)
+            np.save(unfinished / f"{PARTS[name]}_labels.npy", split.y.numpy())
+        facts = {"name": images.name, "levels": images.levels, "class_names": images.class_names}
+        text = json.dumps(facts | {"changes": images.changes}, indent=2)
+        (unfinished / FACTS).write_text(text, encoding="utf-8")
+        unfinished.chmod(0o755)  # as of any folder; a temporary one is its maker's alone
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_images(split: Split, file: Path, name: str) -> None:
+    """Write images [N,C,H,W] as an array [N,H,W] or [N,H,W,C]. A full disk is an error here, not in a mapped page."""
+    channels, height, width = split.image_shape
+    shape = (len(split), height, width, channels)[: 3 if channels == 1 else 4]
+    with file.open("wb") as content:
+        np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for part in progress(split.parts(PART), desc=f"writing {name}"):
+            content.write(part.x.permute(0, 2, 3, 1).contiguous().numpy().data)
