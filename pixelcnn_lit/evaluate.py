@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from pixelcnn_lit.config.build import check_values
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.datamodule import ImageData, image_data, saved_or_given, uniform_bpd
-from pixelcnn_lit.data.images import Split, random_positions
+from pixelcnn_lit.data.images import Split, fingerprint, random_positions
 from pixelcnn_lit.data.pictures import Background, Colour, require_pictures
 from pixelcnn_lit.density.bayes import class_prior, marginal
 from pixelcnn_lit.density.density import Density, bits
@@ -92,6 +93,8 @@ def of_split(
     data = saved_or_given(ckpt, model.settings, dataset, compared=[split])
     images = chosen(data.split(split), n_images)
     head = {"label": data.label, "split": split, "images": len(images), "checkpoint": ckpt}
+    head["fingerprint"] = fingerprint(images)
+    rank_zero_only(print)(f"scored: {head['fingerprint']}")
     if task == "bpd":
         figures = bits_per_dimension(model, data.tested_on(images), split, trainer, threads)
         return None if figures is None else head | figures

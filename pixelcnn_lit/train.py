@@ -84,7 +84,7 @@ def train(
     fitter.test(best, data, verbose=False)
     if fitter.is_global_zero:
         per_class = [None if math.isnan(bpd) else bpd for bpd in best.bpd_per_class]  # JSON knows no NaN
-        result = fitted.result(best, data.label) | {
+        result = fitted.result(best, data) | {
             "test/bpd_per_class": dict(zip(data.class_names, per_class, strict=True)),
             "uniform_bpd": uniform_bpd(data.levels),
             "n_params": n_params,

@@ -70,7 +70,7 @@ def train(
     fitter.test(best, data, verbose=False)
     if not fitter.is_global_zero:
         return None
-    result = fitted.result(best, data.label) | {
+    result = fitted.result(best, data) | {
         "test/accuracy_per_class": dict(zip(data.class_names, per_class(best.counted), strict=True)),
         "n_params": sum(p.numel() for p in best.parameters()),
         "overrides": overrides,

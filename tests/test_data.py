@@ -8,6 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from helpers import command, refused, save_npz
 from PIL import Image
@@ -297,6 +298,158 @@ def test_cifar10_batches_are_read_channels_first(tmp_path, monkeypatch):
     data = open_data("dataset=cifar10", f"dataset.root={tmp_path}", "dataset.validation_fraction=0.5")
     assert torch.equal(data.test.x, torch.from_numpy(pixels[10:]))
     assert data.class_names == names
+
+
+def test_cifar100_is_read_with_its_fine_classes(tmp_path, monkeypatch):
+    base = tmp_path / "cifar-100-python"
+    base.mkdir()
+    pixels = np.random.default_rng(0).integers(256, size=(300, 3, 32, 32), dtype=np.uint8)
+    names = [f"class {label}" for label in range(100)]
+    contents = {"meta": {"fine_label_names": names}}
+    for name, x in (("train", pixels[:200]), ("test", pixels[200:])):
+        contents[name] = {"data": x.reshape(len(x), -1), "fine_labels": [n % 100 for n in range(len(x))]}
+    for name, content in contents.items():
+        (base / name).write_bytes(pickle.dumps(content))
+    digests = {name: hashlib.md5((base / name).read_bytes()).hexdigest() for name in contents}
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", digests["train"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", digests["test"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "meta", datasets.CIFAR100.meta | {"md5": digests["meta"]})
+    monkeypatch.setitem(official.LENGTHS, "CIFAR100", (200, 100))
+    data = open_data("dataset=cifar100", f"dataset.root={tmp_path}")
+    assert torch.equal(data.test.x, torch.from_numpy(pixels[200:]))
+    assert data.class_names == names
+
+
+def test_svhn_is_read_from_matlabs_files(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(256, size=(30, 32, 32, 3), dtype=np.uint8)
+    split_list = {}
+    for split, x in (("train", pixels[:20]), ("test", pixels[20:])):
+        file = tmp_path / f"{split}_32x32.mat"
+        digits = np.arange(1, len(x) + 1) % 10
+        scipy.io.savemat(file, {"X": x.transpose(1, 2, 3, 0), "y": np.where(digits, digits, 10)[:, None]})  # 10 is a 0
+        split_list[split] = ["http://127.0.0.1:9/", file.name, hashlib.md5(file.read_bytes()).hexdigest()]
+    monkeypatch.setattr(datasets.SVHN, "split_list", split_list)
+    monkeypatch.setitem(official.LENGTHS, "SVHN", (20, 10))
+    data = open_data("dataset=svhn", f"dataset.root={tmp_path}")
+    assert np.array_equal(data.test.x.permute(0, 2, 3, 1).numpy(), pixels[20:])
+    assert data.test.y.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    (tmp_path / "test_32x32.mat").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"SVHN could not be read .*copy train_32x32\.mat and test_32x32\.mat to"):
+        open_data("dataset=svhn", f"dataset.root={tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
+def test_datasets_in_mnists_format_have_their_own_classes(small_mnist, monkeypatch, name):
+    root, pixels = small_mnist
+    kind = getattr(datasets, name)
+    (root / "MNIST").rename(root / name)
+    monkeypatch.setattr(kind, "resources", datasets.MNIST.resources)
+    monkeypatch.setitem(official.LENGTHS, name, (30, 10))
+    data = open_data("dataset=fashion_mnist" if name == "FashionMNIST" else "dataset=kmnist", f"dataset.root={root}")
+    assert torch.equal(data.test.x, torch.from_numpy(pixels[:10, None]))
+    assert data.class_names == kind.classes
+
+
+@pytest.mark.parametrize("names", [lambda name: name.replace("-idx", ".idx"), lambda name: f"{name}/{name}"])
+def test_mnist_is_read_by_kaggles_names_whatever_else_lies_there(small_mnist, names):
+    root, _ = small_mnist
+    raw = root / "MNIST" / "raw"
+    before = open_data("dataset=mnist", f"dataset.root={root}")
+    for file in list(raw.iterdir()):
+        content = file.read_bytes()
+        file.unlink()
+        if not file.suffix:
+            target = raw / names(file.name)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(content)
+    (raw / "._train-images-idx3-ubyte").write_bytes(b"\x00\x05\x16\x07")
+    (raw / "emnist-mnist.gz").write_bytes(gzip.compress(b"not one of the four"))
+    after = open_data("dataset=mnist", f"dataset.root={root}", "dataset.download=false")
+    assert torch.equal(before.train.x, after.train.x)
+    assert torch.equal(before.test.y, after.test.y)
+
+
+# ImageNet
+
+
+def save_imagenet(root, size: int = 32, batches: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Write batches in the official format, 20 images each, and as many for validation; return all, and the labels."""
+    x = np.random.default_rng(0).integers(256, size=(20 * (batches + 1), 3, size, size), dtype=np.uint8)
+    y = np.arange(len(x)) % 7
+    root.mkdir(parents=True, exist_ok=True)
+    for n in range(batches + 1):
+        part = slice(20 * n, 20 * (n + 1))
+        content = {"data": x[part].reshape(20, -1), "labels": (y[part] + 1).tolist()}
+        name = f"train_data_batch_{n + 1}" if n < batches else "val_data"
+        (root / name).write_bytes(pickle.dumps(content, protocol=2))
+    return x, y
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_imagenets_batches_become_arrays_once(tmp_path, size, capsys):
+    x, y = save_imagenet(tmp_path / "unpacked", size, batches=11)
+    asked = [f"dataset=imagenet{size}", f"dataset.root={tmp_path}", "dataset.batch_size=8"]
+    data = open_data(*asked)
+    assert "220 training and 20 test images become arrays once" in capsys.readouterr().out
+    whole = torch.from_numpy(x)
+    assert torch.equal(data.test.x, whole[220:])
+    assert data.test.y.tolist() == y[220:].tolist()
+    trained = torch.cat([data.train.x, data.validation.x]).flatten(1)
+    assert torch.equal(trained.unique(dim=0), whole[:220].flatten(1).unique(dim=0))
+    version = f"imagenet{size} (Chrabaszcz et al. 2017) 3×{size}×{size}, 256 levels, 11 of 10 batches"
+    assert data.label == version
+    assert data.class_names == list("1234567")
+    for file in (tmp_path / "unpacked").iterdir():
+        file.unlink()
+    again = open_data(*asked)
+    assert torch.equal(again.test.x, data.test.x)
+    assert capsys.readouterr().out == ""
+
+
+def test_imagenets_npz_files_hold_the_same(tmp_path):
+    save_imagenet(tmp_path / "a")
+    for file in (tmp_path / "a").iterdir():
+        content = pickle.loads(file.read_bytes())
+        (tmp_path / "b").mkdir(exist_ok=True)
+        np.savez(tmp_path / "b" / file.name, **content)
+    one, two = (open_data("dataset=imagenet32", f"dataset.root={tmp_path}/{name}") for name in "ab")
+    assert torch.equal(one.train.x, two.train.x)
+    assert one.label == two.label
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_pickle_runs_nothing_and_what_is_no_batch_gets_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_imagenet(tmp_path)
+    asked = ["dataset=imagenet32", f"dataset.root={tmp_path}"]
+    batch = tmp_path / "train_data_batch_2"
+    whole = batch.read_bytes()
+    wrong = {"data": np.zeros((20, 3072), np.uint8), "labels": [0] * 20}
+    for content, message in (
+        (pickle.dumps({"data": Payload(), "labels": []}), "posix.mkdir is no part of an array"),
+        (whole[:500], "a damaged batch"),
+        (b"", "a damaged batch"),
+        (pickle.dumps([1]), "a damaged batch"),
+        (pickle.dumps(wrong), "integers from 1"),
+        (pickle.dumps(wrong | {"data": np.zeros((20, 3072))}), r"data is float64 \[20, 3072\]"),
+        (pickle.dumps(wrong | {"labels": [1] * 19}), "integers from 1"),
+    ):
+        batch.write_bytes(content)
+        with pytest.raises(UserError, match=message) as stop:
+            open_data(*asked)
+        assert str(batch) in str(stop.value)
+        assert not (tmp_path / "ran").exists()
+        assert not (tmp_path / "imagenet32").exists()
+    batch.write_bytes(whole)
+    np.savez(tmp_path / "train_data_batch_2.npz", **pickle.loads(whole))
+    with pytest.raises(UserError, match="are one batch twice; leave one"):
+        open_data(*asked)
+    with pytest.raises(UserError, match="no train_data_batch_1 of ImageNet at 32×32"):
+        open_data("dataset=imagenet32", f"dataset.root={tmp_path}/none")
 
 
 def test_statistics_of_the_digits_agree_with_numpy():

@@ -25,6 +25,7 @@ from pixelcnn_lit.checkpoints.read import read_checkpoint, require_same
 from pixelcnn_lit.config.build import build, resolve
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.data.datamodule import ImageData
+from pixelcnn_lit.data.images import fingerprint
 from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.runs.atomic import atomic_write, atomic_write_text
 from pixelcnn_lit.runs.machine import step_work
@@ -60,12 +61,13 @@ class Fitted(NamedTuple):
     throughput: Throughput
     extras: list[Callback]
 
-    def result(self, best: Trainable, label: str) -> dict[str, Any]:
+    def result(self, best: Trainable, data: ImageData) -> dict[str, Any]:
         """Return what result.json holds of any run: figures are of the best checkpoint."""
         return {
-            "label": label,
+            "label": data.label,
             **self.scored,
             **best.figures,
+            "test/fingerprint": fingerprint(data.test),
             "epochs": self.trainer.current_epoch,
             "steps": self.trainer.global_step,
             "images_per_second": self.throughput.images_per_second,
@@ -121,6 +123,7 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         default_root_dir=run.directory,
     )
     require_scores(trainer, data, *module.MONITOR)
+    data.state_dict()  # checksums of all images, now and not at the first checkpoint
     work = step_work(module, data.facts["image_shape"], data.batch_size)
     saved_with["threads"] = settle_threads(trainer, saved_with["threads"], work)
     if trainer.precision == "64-true":
