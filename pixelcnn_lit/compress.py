@@ -17,8 +17,9 @@ from torch import Tensor
 from pixelcnn_lit.codec.coder import compress
 from pixelcnn_lit.codec.format import MAX_BATCH
 from pixelcnn_lit.config.errors import UserError, first_line
+from pixelcnn_lit.data.arrays import tensor_of
 from pixelcnn_lit.data.datamodule import saved_or_given
-from pixelcnn_lit.data.images import Split, channels_first
+from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.data.pictures import picture_files, read_all, read_picture, tell, to_pil
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
@@ -63,11 +64,15 @@ def of_split(model: Density, split: str, ckpt: str, dataset: dict[str, Any]) -> 
 
 def of_file(model: Density, path: str, n_images: int | None, batch_size: int) -> Split:
     """The first images of an npz or a folder; where they have no labels, those that make them likeliest."""
-    pixels, labels = read_folder(path, n_images, model.classes) if Path(path).is_dir() else read_npz(path, n_images)
+    if Path(path).is_dir():
+        pixels, labels = read_folder(path, n_images, model.classes)
+    else:
+        pixels, labels = read_npz(path, n_images, model.level_dtype)
     if tuple(pixels.shape[1:]) != model.image_shape:
         raise UserError(f"images={path}: {list(pixels.shape[1:])}, but the model is of {list(model.image_shape)}")
-    if len(pixels) and int(pixels.max()) >= model.levels:
-        raise UserError(f"images={path}: a value of {int(pixels.max())}, but the model is of {model.levels} levels")
+    if len(pixels) and not 0 <= int(pixels.min()) <= int(pixels.max()) < model.levels:
+        values = f"values {int(pixels.min())} to {int(pixels.max())}"
+        raise UserError(f"images={path}: {values}, but the model is of {model.levels} levels")
     if labels is None and len(pixels):
         labels = torch.tensor(model.classes)[model.class_log_likelihoods(pixels, batch_size).argmax(1)]
     if labels is None:
@@ -94,7 +99,7 @@ def read_folder(path: str, n_images: int | None, classes: list[int]) -> tuple[Te
     return torch.stack(x), torch.tensor([int(name) for name in folders]) if labelled else None
 
 
-def read_npz(path: str, n_images: int | None) -> tuple[Tensor, Tensor | None]:
+def read_npz(path: str, n_images: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if not Path(path).is_file():
         raise UserError(f"images={path}: no such file; type {', '.join(SPLITS)}, an npz or a folder of PNGs")
     try:
@@ -103,23 +108,20 @@ def read_npz(path: str, n_images: int | None) -> tuple[Tensor, Tensor | None]:
     except Exception as error:  # zip and numpy name their troubles in a dozen classes
         raise UserError(f"images={path}: no npz with `images` and perhaps `labels` ({first_line(error)})") from error
     labels = y is None or (y.shape == x.shape[:1] and y.dtype.kind in "iu")
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or not labels:
+    right = x.dtype == np.uint8 or (x.dtype.kind in "iu" and dtype != torch.uint8)  # or codes, of any integers
+    if not right or x.ndim not in (3, 4) or not labels:
         raise UserError(f"images={path}: `images` must be uint8 [N,H,W] or [N,H,W,C], `labels` integers [N]")
-    return channels_first(torch.from_numpy(x[:n_images])), None if y is None else torch.from_numpy(y[:n_images]).long()
+    return tensor_of(x[:n_images], dtype), None if y is None else torch.from_numpy(y[:n_images]).long()
 
 
 def report(model: Density, images: Split, size: int, model_bits: float, class_bits: float) -> str:
     """Bits per dimension, and what other formats take."""
     dims, ideal = len(images) * model.dims, model_bits + class_bits
-    png = [encoded(image, "PNG", optimize=True) for image in progress(images.x, desc="as PNG")]
-    webp = [encoded(image, "WEBP", lossless=True, quality=100) for image in progress(images.x, desc="as WebP")]
-    lines = {
-        "file": 8 * size,
-        "model": model_bits,
-        "classes": class_bits,
-        "PNG, a file an image": 8 * sum(png),
-        "WebP lossless, likewise": 8 * sum(webp),
-    }
+    lines = {"file": 8 * size, "model": model_bits, "classes": class_bits}
+    if images.x.dtype == torch.uint8 and images.image_shape[0] in (1, 3):
+        png = [encoded(image, "PNG", optimize=True) for image in progress(images.x, desc="as PNG")]
+        webp = [encoded(image, "WEBP", lossless=True, quality=100) for image in progress(images.x, desc="as WebP")]
+        lines |= {"PNG, a file an image": 8 * sum(png), "WebP lossless, likewise": 8 * sum(webp)}
     rows = [f"{name:>24}  {bits / dims:.4f} bits per dimension" for name, bits in lines.items()]
     return "\n".join([*rows, f"{'overhead':>24}  {8 * size / ideal - 1:.3%} over model and classes"])
 

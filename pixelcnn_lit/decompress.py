@@ -27,6 +27,8 @@ def main(ckpt: str, file: str, out: str, threads: Threads) -> None:
         raise UserError(f"file={file}: no such file")
     if not out.endswith(".npz") and Path(out).exists() and (Path(out).is_file() or any(Path(out).iterdir())):
         raise UserError(f"out={out}: is there already; type another folder, or a name that ends in .npz")
+    if not out.endswith(".npz") and (model.levels > 256 or model.image_shape[0] not in (1, 3)):
+        raise UserError(f"out={out}: the model's images are no pictures; type a name that ends in .npz")
     content = Path(file).read_bytes()
     written_with = parse(model, content, f"file={file}")[0].threads
     if threads not in (None, written_with):

@@ -155,7 +155,7 @@ def test_npz_images_arrive_channels_first_with_their_names(tmp_path):
         ({"test_images": np.zeros((8, 6, 5, 3), np.float32)}, "give uint8"),
         ({"test_labels": np.zeros(7, int)}, "one label an image"),
         (
-            {"train_images": np.full((40, 6, 5, 2), 99, np.uint8), "test_images": np.zeros((8, 6, 5, 2), np.uint8)},
+            {"train_images": np.full((40, 6, 5, 65), 99, np.uint8), "test_images": np.zeros((8, 6, 5, 65), np.uint8)},
             "give 1",
         ),
     ],

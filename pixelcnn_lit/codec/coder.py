@@ -78,7 +78,7 @@ def compress(model: Density, images: Split, batch_size: int) -> Compressed:
         channels=channels,
         height=height,
         width=width,
-        levels=model.levels,
+        largest=model.levels - 1,
         images=len(images),
         batch_size=batch_size,
         threads=torch.get_num_threads(),
@@ -98,7 +98,7 @@ def decompress(model: Density, content: bytes, where: str) -> Split:
 
     def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
         levels = torch.from_numpy(decoder.decode(FAMILY, frequencies(logits)))
-        return levels.view(len(logits), -1).to(model.device, torch.uint8)
+        return levels.view(len(logits), -1).to(model.device, model.level_dtype)
 
     differs = UserError(f"{where}: this machine computes other probabilities than the one that wrote it")
     x, y, classes = [], [], torch.zeros(0, dtype=torch.int64)
@@ -109,12 +109,12 @@ def decompress(model: Density, content: bytes, where: str) -> Split:
             for first in range(0, header.images, header.batch_size):  # no more memory than what has been read
                 n = min(header.batch_size, header.images - first)
                 y.append(classes[first : first + n] if len(classes) else torch.full((n,), model.classes[0]))
-                canvas = torch.zeros(n, *model.image_shape, dtype=torch.uint8, device=model.device)
+                canvas = torch.zeros(n, *model.image_shape, dtype=model.level_dtype, device=model.device)
                 _walk(model, y[-1], canvas, pick, header.threads, bar)
                 x.append(canvas.cpu())
     except AssertionError:  # constriction's, of bits that nothing could have written under such probabilities
         raise differs from None
-    none = torch.zeros(0, *model.image_shape, dtype=torch.uint8)
+    none = torch.zeros(0, *model.image_shape, dtype=model.level_dtype)
     images = Split(torch.cat([none, *x]), torch.cat([classes[:0], *y]))
     if images_digest(images) != header.digest:
         raise differs

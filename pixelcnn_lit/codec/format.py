@@ -29,8 +29,8 @@ from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.runs.machine import MOST_THREADS
 
 MAGIC = b"PLC1"
-# Digest of weights and settings; channels, height, width, levels; images; images a batch; threads; payload's bytes and
-# CRC-32; digest of the images; length of the text that follows.
+# Digest of weights and settings; channels, height, width, largest level; images; images a batch; threads; payload's
+# bytes and CRC-32; digest of the images; length of the text that follows.
 HEADER = struct.Struct("<16s4HI2HII16sB")
 CRC = struct.Struct("<I")
 BITS = 24
@@ -42,7 +42,7 @@ class Header(NamedTuple):
     channels: int
     height: int
     width: int
-    levels: int
+    largest: int
     images: int
     batch_size: int
     threads: int

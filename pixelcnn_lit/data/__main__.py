@@ -12,7 +12,7 @@ from typing import Any
 
 from pixelcnn_lit.data.datamodule import ImageData, image_data, uniform_bpd
 from pixelcnn_lit.data.grids import grid, save
-from pixelcnn_lit.data.images import Split, channel_statistics, first_of_each_class
+from pixelcnn_lit.data.images import Split, channel_statistics, first_of_each_class, level_counts
 from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative, run_dir
 from pixelcnn_lit.runs.terminal import progress
@@ -53,7 +53,10 @@ def write(data: ImageData, folder: Path) -> None:
 
 
 def statistics(split: Split, levels: int) -> str:
-    """Mean and deviation of each channel, in levels and as shares of the brightest one."""
+    """Mean and deviation of each channel, in levels and as shares of the brightest one; of codes, how many are used."""
+    if levels > 256:
+        used = (level_counts(split, levels) > 0).sum(1).tolist()
+        return f"codes in use: {', '.join(map(str, used))} of {levels}"
 
     def shown(values: list[float]) -> str:
         in_levels = ", ".join(f"{value:.2f}" for value in values)

@@ -14,22 +14,25 @@ from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.data.images import PART, Images, Split, Stored, channels_first
+from pixelcnn_lit.nn.levels import level_dtype
 from pixelcnn_lit.runs.atomic import UNFINISHED
 from pixelcnn_lit.runs.terminal import progress
 
 FACTS = "dataset.json"
 PARTS = {"train": "train", "validation": "val", "test": "test"}  # how the names of arrays begin
 DARK = 16  # values below it alone are hardly those of 256 levels
-Levels = Annotated[int, Interval(ge=2, le=256)] | None
+MOST_LEVELS = 65_536
+Levels = Annotated[int, Interval(ge=2, le=MOST_LEVELS)] | None
 
 
 class Mapped:
-    """The images of an .npy file, [N,H,W] or [N,H,W,C], mapped into memory: the pages of several processes are one."""
+    """The images of an .npy file, [N,H,W] or [N,H,W,C], mapped into memory: the pages of several processes are one.
 
-    dtype = torch.uint8
+    They are served in `dtype`, whatever integers the file holds.
+    """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, dtype: torch.dtype = torch.uint8) -> None:
+        self.file, self.dtype = file, dtype
         self._array = np.load(file, mmap_mode="r", allow_pickle=False)
 
     @property
@@ -38,10 +41,10 @@ class Mapped:
         return n, channels[0] if channels else 1, height, width
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        return channels_first(torch.from_numpy(np.take(self._array, positions.numpy(), axis=0)))
+        return tensor_of(np.take(self._array, positions.numpy(), axis=0), self.dtype)
 
-    def __reduce__(self) -> tuple[type["Mapped"], tuple[Path]]:
-        return Mapped, (self.file,)  # a process that is spawned maps the file, too, and is sent no images
+    def __reduce__(self) -> tuple[type["Mapped"], tuple[Path, torch.dtype]]:
+        return Mapped, (self.file, self.dtype)  # a process that is spawned maps the file, too, and is sent no images
 
 
 def arrays(path: str, source_levels: Levels = None) -> Images:
@@ -52,7 +55,7 @@ def arrays(path: str, source_levels: Levels = None) -> Images:
     (a list), levels, name and changes (a list: what was changed in the images).
 
     Args:
-        source_levels: of the images, where they have fewer than 256.
+        source_levels: of the images, where they are not 256; above 256, the codes of a tokenizer, integers of any type.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -63,7 +66,7 @@ def arrays(path: str, source_levels: Levels = None) -> Images:
             f"dataset.path={path}",
             {file.stem for file in folder.glob("*.npy")},
             load=lambda key: np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False),
-            store=lambda key, _: Mapped(folder / f"{key}.npy"),
+            store=lambda key, _, dtype: Mapped(folder / f"{key}.npy", dtype),
             facts=facts | ({"levels": source_levels} if source_levels else {}),
         )
     except (ValueError, EOFError, OSError) as error:
@@ -78,7 +81,7 @@ def _facts(file: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(file.read_bytes())
         texts = [facts.get("name", ""), *facts.get("class_names", []), *facts.get("changes", [])]
-        if all(isinstance(text, str) for text in texts) and 2 <= facts.get("levels", 256) <= 256:
+        if all(isinstance(text, str) for text in texts) and 2 <= facts.get("levels", 256) <= MOST_LEVELS:
             return facts
     except (ValueError, TypeError, AttributeError):
         pass  # what is in it is of another kind
@@ -89,17 +92,17 @@ def labelled_images(
     where: str,
     keys: Collection[str],
     load: Callable[[str], np.ndarray],
-    store: Callable[[str, np.ndarray], Tensor | Stored],
+    store: Callable[[str, np.ndarray, torch.dtype], Tensor | Stored],
     facts: dict[str, Any],
 ) -> Images:
     """Return the images of several arrays, checked. Raises UserError, which begins with `where`.
 
     Args:
         keys: of the arrays that there are. load: returns one of them.
-        store: how an array of images, which it is given with its key, is kept.
+        store: how an array of images, which it is given with its key and the type to serve it in, is kept.
         facts: class_names, levels, name and changes, as far as they are known.
     """
-    splits = {}
+    splits, levels = {}, facts.get("levels", 256)
     for name, part in PARTS.items():
         if name == "validation" and not any(key.startswith(f"{part}_") for key in keys):
             continue
@@ -108,16 +111,16 @@ def labelled_images(
                 raise UserError(f"{where}: there is no {key} in it; it has: {', '.join(sorted(keys)) or 'no arrays'}")
         y = _labels(where, f"{part}_labels", load(f"{part}_labels"))
         x = load(f"{part}_images")
-        _require_images(where, f"{part}_images", x)
+        _require_images(where, f"{part}_images", x, levels)
         if len(x) != len(y):
             raise UserError(f"{where}: {len(x)} {part}_images and {len(y)} labels; give one label an image")
-        splits[name] = Split(store(f"{part}_images", x), y)
+        splits[name] = Split(store(f"{part}_images", x, level_dtype(levels)), y)
     if "levels" not in facts:
         _require_256_levels(where, splits["train"])
     return Images(
         **splits,
         class_names=_class_names(where, splits["train"].y, facts.get("class_names")),
-        levels=facts.get("levels", 256),
+        levels=levels,
         name=facts.get("name"),
         changes=tuple(facts.get("changes", ())),
     )
@@ -130,10 +133,20 @@ def _labels(where: str, key: str, y: np.ndarray) -> Tensor:
     return torch.from_numpy(y.reshape(-1).astype(np.int64))
 
 
-def _require_images(where: str, key: str, x: np.ndarray) -> None:
+def tensor_of(x: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """[N,H,W] or [N,H,W,C] of any integers as [N,C,H,W], of the same memory if it can be."""
+    wide = x if dtype == torch.uint8 else x.astype(np.int32)  # torch lacks much for uint16
+    return channels_first(torch.from_numpy(wide))
+
+
+def _require_images(where: str, key: str, x: np.ndarray, levels: int) -> None:
     what = f"{where}: {key} is {x.dtype} {list(x.shape)}"
-    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+    if x.ndim not in (3, 4) or (x.dtype != np.uint8 and x.dtype.kind not in "iu"):
         raise UserError(f"{what}; give uint8 [N,H,W] or [N,H,W,C]")
+    if x.dtype != np.uint8 and levels <= 256:
+        raise UserError(
+            f"{what}; give uint8; of the codes of a tokenizer, type how many there are: dataset.source_levels=512"
+        )
     if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
         raise UserError(f"{what}, which looks like [N,C,H,W]; give [N,H,W,C], as {key}.transpose(0, 2, 3, 1)")
 
@@ -191,7 +204,8 @@ def _write_images(split: Split, file: Path, name: str) -> None:
     """Write images [N,C,H,W] as an array [N,H,W] or [N,H,W,C]. A full disk is an error here, not in a mapped page."""
     channels, height, width = split.image_shape
     shape = (len(split), height, width, channels)[: 3 if channels == 1 else 4]
+    kind = np.dtype(np.uint8 if split.images.dtype == torch.uint8 else np.uint16)
     with file.open("wb") as content:
-        np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(content, {"descr": kind.str, "fortran_order": False, "shape": shape})
         for part in progress(split.parts(PART), desc=f"writing {name}"):
-            content.write(part.x.permute(0, 2, 3, 1).contiguous().numpy().data)
+            content.write(part.x.permute(0, 2, 3, 1).contiguous().numpy().astype(kind).data)

@@ -85,6 +85,8 @@ class ImageData(L.LightningDataModule):
         self.class_names = images.class_names
         self._source_changes, self._tell = images.changes, images.tell or _nothing
         self._source_levels = images.levels
+        if images.levels > 256 and (self._wanted_levels or self.resize):
+            raise UserError(f"dataset.levels, dataset.resize: {self.title} holds codes, in no order; leave both out")
         self.levels = self._wanted_levels or images.levels
         if self.levels > images.levels:
             raise UserError(f"dataset.levels={self.levels}: {self.title} has {images.levels}; type that or less")

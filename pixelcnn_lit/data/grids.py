@@ -17,16 +17,36 @@ def grid(rows: Tensor, levels: int, names: Sequence[str] = ()) -> Tensor:
     """Return a picture of images in rows, the name of each before it: RGB uint8 [3,H',W'].
 
     Args:
-        rows: levels uint8 [rows,columns,C,H,W].
+        rows: levels [rows,columns,C,H,W].
         names: of the rows; none where there are none.
     """
     return tiled(as_rgb(rows, levels), names)
 
 
 def as_rgb(images: Tensor, levels: int) -> Tensor:
-    """Return levels uint8 [...,1 or 3,H,W] as they are shown: RGB uint8 [...,3,H,W]."""
-    shown = (images.cpu().float() * (255 / (levels - 1))).round().to(torch.uint8)
-    return shown.expand(*shown.shape[:-3], 3, *shown.shape[-2:])
+    """Return levels [...,C,H,W] as they are shown: RGB uint8 [...,3,H,W].
+
+    One channel is grey; of several, the first three are RGB. Codes, which are in no order, have colours that tell them
+    apart; those of several channels have one together.
+    """
+    images = images.cpu()
+    channels = images.shape[-3]
+    if levels > 256:
+        together = sum(31**c * images[..., c, :, :].long() for c in range(channels)) % levels
+        return _colours(levels)[together].movedim(-1, -3)
+    shown = (images.float() * (255 / (levels - 1))).round().to(torch.uint8)
+    if channels == 1:
+        return shown.expand(*shown.shape[:-3], 3, *shown.shape[-2:])
+    none = torch.zeros_like(shown[..., :1, :, :])
+    return torch.cat([shown, none], dim=-3)[..., :3, :, :]
+
+
+def _colours(levels: int) -> Tensor:
+    """A colour for each code, RGB uint8 [levels,3], far from those of the next: hues in golden angles."""
+    hue = torch.arange(levels) * 0.618034 % 1
+    value = 0.55 + 0.45 * (torch.arange(levels) * 0.754878 % 1)
+    ramps = (6 * hue[:, None] + torch.tensor([0.0, 4.0, 2.0])) % 6
+    return (255 * value[:, None] * ((ramps - 3).abs() - 1).clamp(0, 1)).round().to(torch.uint8)
 
 
 def tiled(rows: Tensor, names: Sequence[str] = ()) -> Tensor:

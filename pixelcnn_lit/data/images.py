@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.nn.levels import level_dtype
 from pixelcnn_lit.runs.terminal import progress
 
+MOST_CHANNELS = 64
 PART = 1024  # images at a time where all are read
 LARGE_PART = 2**26  # bytes of a part of a split that is not to be in memory as a whole
 
@@ -48,7 +50,7 @@ class Changed:
 
     def __init__(self, before: "Tensor | Stored", change: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.before, self.change, self.dtype = before, change, before.dtype
-        blank = torch.zeros(1, *before.shape[1:], dtype=torch.uint8)
+        blank = torch.zeros(1, *before.shape[1:], dtype=before.dtype)
         _, *self.image_shape = change(blank, torch.zeros(1, dtype=torch.int64)).shape
 
     @property
@@ -178,14 +180,16 @@ def verify(images: Images, name: str) -> None:
 
 def _verify_values(split: Split, levels: int, where: str) -> None:
     dtype, channels = split.images.dtype, split.image_shape[0]
-    if channels not in (1, 3) or dtype != torch.uint8:
-        raise UserError(f"{where}: {channels} channels of {dtype}; give 1 (grey) or 3 (RGB) of uint8")
-    if levels < 256 and (largest := largest_value(split)) >= levels:
-        raise UserError(f"{where}: a value of {largest} in images of {levels} levels")
-
-
-def largest_value(split: Split) -> int:
-    return max(int(part.x.max()) for part in progress(split.parts(PART), desc="looking at all values"))
+    if channels > MOST_CHANNELS or dtype != level_dtype(levels):
+        wanted = f"give 1 (grey), 3 (RGB) or up to {MOST_CHANNELS} of {level_dtype(levels)}"
+        raise UserError(f"{where}: {channels} channels of {dtype}; {wanted}")
+    if levels == 256:
+        return  # as many as its type has
+    for part in progress(split.parts(PART), desc="looking at all values"):
+        least, largest = int(part.x.min()), int(part.x.max())
+        if least < 0 or largest >= levels:
+            wrong = least if least < 0 else largest
+            raise UserError(f"{where}: a value of {wrong} in images of {levels} levels")
 
 
 def random_positions(total: int, n: int) -> Tensor:
@@ -195,7 +199,7 @@ def random_positions(total: int, n: int) -> Tensor:
 
 def first_of_each_class(split: Split, num_classes: int, n: int) -> Tensor:
     """The first `n` images of each class, uint8 [num_classes,n,C,H,W]; black where a class has fewer."""
-    rows = torch.zeros(num_classes, n, *split.image_shape, dtype=torch.uint8)
+    rows = torch.zeros(num_classes, n, *split.image_shape, dtype=split.images.dtype)
     for label in range(num_classes):
         first = (split.y == label).nonzero()[:n, 0]
         rows[label, : len(first)] = split[first].x
@@ -204,14 +208,20 @@ def first_of_each_class(split: Split, num_classes: int, n: int) -> Tensor:
 
 def channel_statistics(split: Split) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over all pixels, from the counts of the levels: exact."""
-    counts = torch.zeros(split.image_shape[0], 256, dtype=torch.float64)
-    for part in progress(split.parts(PART), desc="statistics"):
-        for count, channel in zip(counts, part.x.transpose(0, 1), strict=True):
-            count += torch.bincount(channel.flatten().int(), minlength=len(count))
+    counts = level_counts(split, 256).double()
     shares, level = counts / counts.sum(1, keepdim=True), torch.arange(counts.shape[1])
     mean = (shares * level).sum(1)
     std = (shares * (level - mean[:, None]) ** 2).sum(1).sqrt()
     return mean.tolist(), std.tolist()
+
+
+def level_counts(split: Split, levels: int) -> Tensor:
+    """How often each channel has each level: int64 [C,levels]."""
+    counts = torch.zeros(split.image_shape[0], levels, dtype=torch.int64)
+    for part in progress(split.parts(PART), desc="statistics"):
+        for count, channel in zip(counts, part.x.transpose(0, 1), strict=True):
+            count += torch.bincount(channel.flatten().int(), minlength=levels)
+    return counts
 
 
 def carve(split: Split, fraction: float, setting: str) -> tuple[Split, Split]:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.data.arrays import Levels, labelled_images
-from pixelcnn_lit.data.images import Images, channels_first
+from pixelcnn_lit.data.arrays import Levels, labelled_images, tensor_of
+from pixelcnn_lit.data.images import Images
 
 
 def npz(path: str, source_levels: Levels = None) -> Images:
@@ -20,7 +19,7 @@ def npz(path: str, source_levels: Levels = None) -> Images:
     and, if wanted, val_images and val_labels, and class_names [num_classes].
 
     Args:
-        source_levels: of the images, where they have fewer than 256.
+        source_levels: of the images, where they are not 256; above 256, the codes of a tokenizer, integers of any type.
     """
     if not Path(path).is_file():
         raise UserError(f"dataset.path={path}: no such file; type dataset.path=FILE.npz")
@@ -38,7 +37,7 @@ def npz(path: str, source_levels: Levels = None) -> Images:
                 f"dataset.path={path}",
                 set(archive),
                 load=archive.__getitem__,
-                store=lambda _, x: channels_first(torch.from_numpy(x)),
+                store=lambda _, x, dtype: tensor_of(x, dtype),
                 facts=facts,
             )
     except UserError:

@@ -200,6 +200,8 @@ def read_image(
 ) -> Picture:
     """Read a file as an image of a model, uint8 [C,H,W] in its levels. Raises UserError where it is none."""
     channels, height, width = image_shape
+    if levels > 256 or channels not in (1, 3):
+        raise UserError(f"{file}: a picture is no image of this model, which is of codes, or not grey or RGB")
     picture = read_picture(file, background, settings="")
     picture = in_channels(picture, channels, colour)
     picture = sized(picture, height, width, resize)

@@ -16,6 +16,7 @@ from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.density.bayes import posterior
 from pixelcnn_lit.models.protocols import Embedding, Likelihood, Network, SteppableNetwork, Stepper
 from pixelcnn_lit.nn.layers import checkpoint_blocks
+from pixelcnn_lit.nn.levels import level_dtype
 from pixelcnn_lit.nn.wavefronts import At
 from pixelcnn_lit.runs.machine import on_threads
 from pixelcnn_lit.runs.terminal import progress
@@ -23,6 +24,7 @@ from pixelcnn_lit.samplers.draw import Request, refuse_steering
 from pixelcnn_lit.samplers.walk import eval_mode
 
 SAMPLER = "pixelcnn_lit.samplers.draw.draw"
+MOST_CHANNELS = 64
 
 
 Nats = TypeVar("Nats", float, Tensor)
@@ -76,8 +78,8 @@ class Density(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width = image_shape
-        if channels not in (1, 3):  # an untrusted file may ask for a table or a head for each of a billion
-            raise UserError(f"image_shape={list(image_shape)}: must begin with 1 channel (grey) or 3 (RGB)")
+        if not 1 <= channels <= MOST_CHANNELS:  # an untrusted file may ask for a table or a head for each of a billion
+            raise UserError(f"image_shape={list(image_shape)}: must begin with 1 to {MOST_CHANNELS} channels")
         facts = {"image_shape": [channels, height, width], "num_classes": num_classes, "levels": levels}
         own = {"model": model, "likelihood": likelihood, "conditional": conditional, "label_dropout": label_dropout}
         # What makes it again, as plain values.
@@ -122,6 +124,11 @@ class Density(nn.Module):
     def uniform_bits(self) -> float:
         """The bits of a pixel to a uniform model: channels times log2 of the levels."""
         return self.image_shape[0] * math.log2(self.levels)
+
+    @property
+    def level_dtype(self) -> torch.dtype:
+        """In which its images are: int32 where uint8 cannot hold the levels."""
+        return level_dtype(self.levels)
 
     @property
     def dtype(self) -> torch.dtype:

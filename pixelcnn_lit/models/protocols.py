@@ -109,6 +109,11 @@ class ImageDensity(Protocol):
     num_classes: int
 
     @property
+    def level_dtype(self) -> torch.dtype:
+        """In which its images are."""
+        ...
+
+    @property
     def can_step(self) -> bool:
         """Whether there is a `stepper`."""
         ...

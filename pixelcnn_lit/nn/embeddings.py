@@ -1,9 +1,11 @@
 """Embeddings of the levels of an image, and of its class."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -23,6 +25,8 @@ class LevelEmbedding(nn.Module):
     Args:
         channels, levels: of the images, whose values are 0 to levels - 1: what is beyond is read as something else.
         width: of the tables, one a channel; 0 is the number alone.
+        ordered: false where levels are names, as the codes of a tokenizer are: a level is read as no number, and its
+            row has nothing to do with that of the next.
 
     Example:
         >>> images = torch.zeros(2, 3, 5, 4, dtype=torch.uint8)
@@ -30,15 +34,19 @@ class LevelEmbedding(nn.Module):
         torch.Size([2, 52, 5, 4])
     """
 
-    def __init__(self, channels: int, levels: int, width: int = 16) -> None:
+    def __init__(self, channels: int, levels: int, width: Annotated[int, Ge(0)] = 16, ordered: bool = True) -> None:
         super().__init__()
+        if not (ordered or width):
+            raise ValueError("width=0 leaves nothing to read where ordered is false; type 16, for example")
         self.channels = channels
         self.levels = levels
-        self.out_channels = channels * (1 + width) + 1
+        self.ordered = ordered
+        self.out_channels = channels * (ordered + width) + 1
         tables = [nn.Embedding(levels, width) for _ in range(channels if width else 0)]
         for table in tables:
             nn.init.normal_(table.weight, std=0.3)  # OrdinalRows keeps the size; with 1, equal steps came less far
-            parametrize.register_parametrization(table, "weight", OrdinalRows(levels))
+            if ordered:
+                parametrize.register_parametrization(table, "weight", OrdinalRows(levels))
         self.tables: Layers[nn.Embedding] = Layers(tables)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,8 +60,9 @@ class LevelEmbedding(nn.Module):
         return lambda previous, at: _look_up(rows, first, previous)
 
     def _rows(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return what each level is read as, [C*V,1+width], and where the rows of each channel begin, [C]."""
+        """Return what each level is read as, [C*V,ordered+width], and where the rows of each channel begin, [C]."""
         numbers = torch.arange(self.levels, dtype=dtype, device=device)[:, None] * (2 / (self.levels - 1)) - 1
+        numbers = numbers[:, : int(self.ordered)]
         with torch.autocast(device.type, enabled=False):  # training and scoring read the same rows
             rows = [torch.cat([numbers, table.weight.to(dtype)], dim=1) for table in self.tables]
         return torch.cat(rows or self.channels * [numbers]), self.levels * torch.arange(self.channels, device=device)

@@ -95,7 +95,8 @@ def draw(
     image = None if request.image is None else request.image.repeat_interleave(n_per_class, 0)
     parts = cut(len(keys), batch_size)
     batches = [Batch(keys[part], None if image is None else image[part]) for part in parts]
-    canvas = torch.zeros(len(keys), *request.density.image_shape, dtype=torch.uint8, device=request.y.device)
+    density = request.density
+    canvas = torch.zeros(len(keys), *density.image_shape, dtype=density.level_dtype, device=request.y.device)
     images, pace = canvas.unflatten(0, (-1, n_per_class)), request.pace or Pace()
 
     def here(n: int) -> None:
@@ -194,7 +195,8 @@ def _plain(part: nn.Module) -> nn.Module:
 
 def _drawn(drawing: Drawing, threads: int, batch: Batch) -> tuple[int, float, np.ndarray]:
     """Draw a batch in another process: its number, the seconds that it took, and the images uint8 [B,C,H,W]."""
-    canvas = torch.zeros(len(batch.keys), *drawing.density.image_shape, dtype=torch.uint8)
+    density = drawing.density
+    canvas = torch.zeros(len(batch.keys), *density.image_shape, dtype=density.level_dtype)
     began = time.perf_counter()
     with on_threads(threads):
         drawing.fill(canvas, batch)

@@ -1,0 +1,8 @@
+"""The levels of a pixel."""
+
+import torch
+
+
+def level_dtype(levels: int) -> torch.dtype:
+    """Return the type of images of so many levels: torch lacks much for uint16."""
+    return torch.uint8 if levels <= 256 else torch.int32
