@@ -402,3 +402,14 @@ def test_types_fit_as_people_write_them():
     assert not matches(["a"], list[int])
     assert not matches(0, Annotated[int, Ge(1)])
     assert matches(None, Annotated[int | None, Ge(1)])
+
+
+def test_too_little_memory_is_answered_in_one_line():
+    for error in (
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
+        line = explain(error)
+        assert line.startswith("out of memory; type a smaller batch_size")
+        assert "\n" not in line
+    assert explain(RuntimeError("a fault of the program")) is None

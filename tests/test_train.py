@@ -32,6 +32,7 @@ import pixelcnn_lit.summarize
 import pixelcnn_lit.train
 from pixelcnn_lit.checkpoints.read import read_checkpoint
 from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.data.images import fingerprint
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.density_module import DensityModule
@@ -134,7 +135,11 @@ def test_evaluate_reproduces_the_figures_of_the_run(run, monkeypatch, tmp_path, 
         assert scored["images"] == 250
         assert scored["bpd"] == pytest.approx(result[key], abs=1e-6)
         error = result[f"{key}_standard_error"]
-        assert f"all  {result[key]:.4f} ± {error:.4f} bpd" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"all  {result[key]:.4f} ± {error:.4f} bpd" in said
+        assert f"scored: {scored['fingerprint']}\n" in said
+        assert scored["fingerprint"] == fingerprint(open_data().split(split))
+    assert result["test/fingerprint"] == fingerprint(open_data().test)
     weights = [int((open_data().test.y == c).sum()) for c in range(10)]
     mean = np.average(list(result["test/bpd_per_class"].values()), weights=weights)
     assert mean == pytest.approx(result["test/bpd"], abs=1e-6)

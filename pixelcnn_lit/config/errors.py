@@ -125,6 +125,10 @@ def explain(error: BaseException | None, settings: Callable[[], Mapping[str, Any
             return "a choice cannot be null; leave it out with ~NAME, for example ~scheduler"
         case Exception() if _is(error, "OutOfMemoryError"):
             return "the device ran out of memory; type a smaller batch_size (of dataset or sampler) or model_size"
+        case MemoryError():
+            return _NO_MEMORY
+        case RuntimeError() if "can't allocate memory" in str(error):  # torch's, on a CPU
+            return _NO_MEMORY
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{error.filename or 'the directory of the run'}: the disk is full; make room"
         case OSError() if error.filename:
@@ -132,6 +136,12 @@ def explain(error: BaseException | None, settings: Callable[[], Mapping[str, Any
         case Exception() if _raised_by_lightning(error):
             return f"{first_line(error)} (a setting of trainer.* or callbacks.*)"
     return None
+
+
+_NO_MEMORY = (
+    "out of memory; type a smaller batch_size (of dataset or sampler) or model_size; if the images are too many, see "
+    "dataset=arrays"
+)
 
 
 def _is(error: BaseException, name: str) -> bool:
