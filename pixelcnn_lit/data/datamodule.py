@@ -68,28 +68,15 @@ class ImageData(L.LightningDataModule):
             return
         images = self.load()
         self.title = self.name or images.name or "images"
+        self._tell = images.tell or _nothing
         if images.hold and not self.streams:
-            images.train, images.test = images.train.held(), images.test.held()
-            images.validation = images.validation and images.validation.held()
-            rank_zero_only(images.tell or _nothing)()
+            images = images.held()
+            rank_zero_only(self._tell)()
         verify(images, self.title)
-        if images.validation is None and self.validation_fraction == 0:
-            images.validation = images.train[:0]
-        elif images.validation is None:
-            setting = "dataset.validation_fraction"
-            images.train, images.validation = carve(images.train, self.validation_fraction, setting)
-        elif self.validation_fraction == 0:
-            raise UserError(
-                f"dataset.validation_fraction=0: {self.title} has validation images of its own; leave it out"
-            )
+        self._split_validation(images)
         self.class_names = images.class_names
-        self._source_changes, self._tell = images.changes, images.tell or _nothing
-        self._source_levels = images.levels
-        if images.levels > 256 and (self._wanted_levels or self.resize):
-            raise UserError(f"dataset.levels, dataset.resize: {self.title} holds codes, in no order; leave both out")
-        self.levels = self._wanted_levels or images.levels
-        if self.levels > images.levels:
-            raise UserError(f"dataset.levels={self.levels}: {self.title} has {images.levels}; type that or less")
+        self.levels = self._require_levels(images)
+        self._source_levels, self._source_changes = images.levels, images.changes
         self._as_they_come = images.splits()
         framed = {name: self._framed(split) for name, split in images.splits().items()}
         shown = {name: self._requantized(split) for name, split in framed.items()}
@@ -97,6 +84,27 @@ class ImageData(L.LightningDataModule):
         # What training batches are gathered from: under dynamic binarization the grey images, drawn anew each time.
         self.drawn_from = framed["train"] if self.dynamic else self.train
         self._augmentations = self._plan_augmentations()
+
+    def _split_validation(self, images: Images) -> None:
+        """Take validation images from the training images, where the source has none and some are wanted."""
+        if images.validation is not None and self.validation_fraction == 0:
+            raise UserError(
+                f"dataset.validation_fraction=0: {self.title} has validation images of its own; leave it out"
+            )
+        if images.validation is None and self.validation_fraction == 0:
+            images.validation = images.train[:0]
+        elif images.validation is None:
+            setting = "dataset.validation_fraction"
+            images.train, images.validation = carve(images.train, self.validation_fraction, setting)
+
+    def _require_levels(self, images: Images) -> int:
+        """Return how many levels the images are to have. Raises UserError where they cannot have so many."""
+        if images.levels > 256 and (self._wanted_levels or self.resize):
+            raise UserError(f"dataset.levels, dataset.resize: {self.title} holds codes, in no order; leave both out")
+        levels = self._wanted_levels or images.levels
+        if levels > images.levels:
+            raise UserError(f"dataset.levels={levels}: {self.title} has {images.levels}; type that or less")
+        return levels
 
     def _framed(self, split: Split) -> Split:
         if self.resize:

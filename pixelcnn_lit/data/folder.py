@@ -13,6 +13,7 @@ from pixelcnn_lit.data.pictures import (
     Background,
     Changes,
     Picture,
+    first_few,
     in_channels,
     is_hidden,
     natural,
@@ -20,7 +21,6 @@ from pixelcnn_lit.data.pictures import (
     read_all,
     read_picture,
     sized,
-    some,
 )
 from pixelcnn_lit.runs.run_dir import relative
 
@@ -167,7 +167,7 @@ def _parts(root: Path) -> dict[str, Path]:
         if len(folders) > 1:
             raise UserError(f"{folders[0]} and {folders[1]}: which holds the {name} images? leave one")
     if others:
-        print(f"{relative(root)}: folders left out, which are none of a split: {len(others)} ({some(others)})")
+        print(f"{relative(root)}: folders left out, which are none of a split: {len(others)} ({first_few(others)})")
     return {name: folders[0] for name, folders in found.items() if folders}
 
 
@@ -183,7 +183,7 @@ def _split(directory: Path, classes: list[str], reader: Reader) -> Split:
         else:
             raise UserError(f"{directory}: has a class that the training images lack: {name}; remove it, or add some")
     if loose:
-        print(f"{relative(directory)}: pictures left out that are in no class: {len(loose)} ({some(loose)})")
+        print(f"{relative(directory)}: pictures left out that are in no class: {len(loose)} ({first_few(loose)})")
     if not files:
         raise UserError(f"{directory}: no pictures in folders; it must hold CLASS/*.png")
     files.sort()

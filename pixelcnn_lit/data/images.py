@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -135,6 +135,11 @@ class Images:
     changes: tuple[str, ...] = ()
     hold: bool = False
     tell: Callable[[], None] | None = None
+
+    def held(self) -> "Images":
+        """Return the same set, its images in memory."""
+        held = {name: split.held() for name, split in self.splits().items()}
+        return replace(self, train=held["train"], test=held["test"], validation=held.get("validation"))
 
     def splits(self) -> dict[str, Split]:
         named = {"train": self.train, "validation": self.validation, "test": self.test}

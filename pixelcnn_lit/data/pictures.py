@@ -275,7 +275,7 @@ def picture_files(folder: Path) -> list[Path]:
     if len(visible) < len(files):
         print(f"{relative(folder)}: hidden and system files left out: {len(files) - len(visible)}")
     if others:
-        print(f"{relative(folder)}: files left out that are no pictures: {len(others)} ({some(others)})")
+        print(f"{relative(folder)}: files left out that are no pictures: {len(others)} ({first_few(others)})")
     if not pictures:
         raise UserError(f"{folder}: no pictures in it; type another folder")
     return pictures
@@ -321,7 +321,7 @@ def _is_picture(file: Path) -> bool:
         return True
 
 
-def some(files: Sequence[Path]) -> str:
+def first_few(files: Sequence[Path]) -> str:
     """Return the names of the first few."""
     return ", ".join(file.name for file in files[:3]) + ", ..." * (len(files) > 3)
 
