@@ -60,7 +60,7 @@ def main(
         changes = list(picture.changes)
         tell([picture])
         if not invert:
-            hint_at_negatives(likelier_as_negatives(model, x, torch.tensor(y)))
+            hint_at_negatives(likelier_as_negatives(model, x, torch.tensor(y), model.nats(x, y)))
     else:
         changes = []
         x, y = test_images(ckpt, model, dataset, n_images)

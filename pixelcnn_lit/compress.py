@@ -17,10 +17,10 @@ from torch import Tensor
 from pixelcnn_lit.codec.coder import compress
 from pixelcnn_lit.codec.format import MAX_BATCH
 from pixelcnn_lit.config.errors import UserError, first_line
-from pixelcnn_lit.data.arrays import tensor_of
+from pixelcnn_lit.data.arrays import as_levels
 from pixelcnn_lit.data.datamodule import saved_or_given
-from pixelcnn_lit.data.images import Split
-from pixelcnn_lit.data.pictures import picture_files, read_all, read_picture, tell, to_pil
+from pixelcnn_lit.data.images import Split, channels_first
+from pixelcnn_lit.data.pictures import class_folders, picture_files, read_all, read_picture, tell, to_pil
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import atomic_write
@@ -65,14 +65,12 @@ def of_split(model: Density, split: str, ckpt: str, dataset: dict[str, Any]) -> 
 def of_file(model: Density, path: str, n_images: int | None, batch_size: int) -> Split:
     """The first images of an npz or a folder; where they have no labels, those that make them likeliest."""
     if Path(path).is_dir():
-        pixels, labels = read_folder(path, n_images, model.classes)
+        pixels, labels = read_folder(path, n_images, model.called(model.classes))
     else:
-        pixels, labels = read_npz(path, n_images, model.level_dtype)
+        pixels, labels = read_npz(path, n_images, model.levels, model.level_dtype)
     if tuple(pixels.shape[1:]) != model.image_shape:
         raise UserError(f"images={path}: {list(pixels.shape[1:])}, but the model is of {list(model.image_shape)}")
-    if len(pixels) and not 0 <= int(pixels.min()) <= int(pixels.max()) < model.levels:
-        values = f"values {int(pixels.min())} to {int(pixels.max())}"
-        raise UserError(f"images={path}: {values}, but the model is of {model.levels} levels")
+    _require_levels(path, pixels.numpy(), model.levels)
     if labels is None and len(pixels):
         labels = torch.tensor(model.classes)[model.class_log_likelihoods(pixels, batch_size).argmax(1)]
     if labels is None:
@@ -84,7 +82,7 @@ def of_file(model: Density, path: str, n_images: int | None, batch_size: int) ->
     return Split(pixels, labels)
 
 
-def read_folder(path: str, n_images: int | None, classes: list[int]) -> tuple[Tensor, Tensor | None]:
+def read_folder(path: str, n_images: int | None, class_names: list[str]) -> tuple[Tensor, Tensor | None]:
     """Pictures, and as their labels the folders that they are in, if all are named by a class, as by `decompress`."""
     files = picture_files(Path(path))[:n_images]
     if not files:
@@ -95,11 +93,12 @@ def read_folder(path: str, n_images: int | None, classes: list[int]) -> tuple[Te
     if len({image.shape for image in x}) > 1:
         raise UserError(f"images={path}: of different sizes; make them one size")
     folders = [file.parent.name for file in files]
-    labelled = set(folders) <= set(map(str, classes))
-    return torch.stack(x), torch.tensor([int(name) for name in folders]) if labelled else None
+    label_of = {folder: label for label, folder in enumerate(class_folders(class_names))}
+    labelled = set(folders) <= label_of.keys()
+    return torch.stack(x), torch.tensor([label_of[folder] for folder in folders]) if labelled else None
 
 
-def read_npz(path: str, n_images: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def read_npz(path: str, n_images: int | None, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     if not Path(path).is_file():
         raise UserError(f"images={path}: no such file; type {', '.join(SPLITS)}, an npz or a folder of PNGs")
     try:
@@ -108,10 +107,17 @@ def read_npz(path: str, n_images: int | None, dtype: torch.dtype) -> tuple[Tenso
     except Exception as error:  # zip and numpy name their troubles in a dozen classes
         raise UserError(f"images={path}: no npz with `images` and perhaps `labels` ({first_line(error)})") from error
     labels = y is None or (y.shape == x.shape[:1] and y.dtype.kind in "iu")
-    right = x.dtype == np.uint8 or (x.dtype.kind in "iu" and dtype != torch.uint8)  # or codes, of any integers
+    right = x.dtype == np.uint8 or (x.dtype.kind in "iu" and levels > 256)  # or codes, of any integers
     if not right or x.ndim not in (3, 4) or not labels:
         raise UserError(f"images={path}: `images` must be uint8 [N,H,W] or [N,H,W,C], `labels` integers [N]")
-    return tensor_of(x[:n_images], dtype), None if y is None else torch.from_numpy(y[:n_images]).long()
+    _require_levels(path, x, levels)
+    images = channels_first(torch.from_numpy(as_levels(x[:n_images], dtype)))
+    return images, None if y is None else torch.from_numpy(y[:n_images]).long()
+
+
+def _require_levels(path: str, x: np.ndarray, levels: int) -> None:
+    if x.size and not 0 <= x.min() <= x.max() < levels:
+        raise UserError(f"images={path}: values {x.min()} to {x.max()}, but the model is of {levels} levels")
 
 
 def report(model: Density, images: Split, size: int, model_bits: float, class_bits: float) -> str:

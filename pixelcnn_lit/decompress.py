@@ -12,7 +12,7 @@ import numpy as np
 from pixelcnn_lit.codec.coder import decompress
 from pixelcnn_lit.codec.format import parse
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.data.pictures import to_pil
+from pixelcnn_lit.data.pictures import class_folders, to_pil
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import atomic_write
 from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, take_threads
@@ -39,8 +39,9 @@ def main(ckpt: str, file: str, out: str, threads: Threads) -> None:
         with atomic_write(Path(out)) as target:
             np.savez(target, images=images.x.permute(0, 2, 3, 1).numpy(), labels=images.y.numpy())
     else:
+        folders = dict(zip(model.classes, class_folders(model.called(model.classes)), strict=True))
         for n, (image, label) in enumerate(zip(progress(images.x, desc="writing"), images.y.tolist(), strict=True)):
-            path = Path(out) / str(label) / f"{n:06}.png"
+            path = Path(out) / folders[label] / f"{n:06}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             to_pil(image).save(path)
     print(f"{len(images)} images: {relative(out)}")

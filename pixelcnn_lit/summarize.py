@@ -21,7 +21,7 @@ from pixelcnn_lit.runs.saved import CONFIG
 from pixelcnn_lit.runs.terminal import print_what_can_be_printed
 
 FIGURES = ("bpd", "accuracy")  # of density models, of classifiers
-LEFT_OUT = ("nll", "bpd_standard_error", "nats_per_image", "loss", "images")  # of those of a validation
+LEFT_OUT = ("nll", "bpd_standard_error", "nats_per_image", "loss", "images", "fingerprint")  # of those of a validation
 IN_ALL = ("images_per_second", "seconds")  # of the whole run: whole numbers are enough
 COLUMNS = ("n_params", *IN_ALL)
 

@@ -387,7 +387,7 @@ def save_imagenet(root, size: int = 32, batches: int = 3) -> tuple[np.ndarray, n
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_imagenets_batches_become_arrays_once(tmp_path, size, capsys):
-    x, y = save_imagenet(tmp_path / "unpacked", size, batches=11)
+    x, y = save_imagenet(tmp_path / f"imagenet{size}", size, batches=11)
     asked = [f"dataset=imagenet{size}", f"dataset.root={tmp_path}", "dataset.batch_size=8"]
     data = open_data(*asked)
     assert "220 training and 20 test images become arrays once" in capsys.readouterr().out
@@ -399,8 +399,9 @@ def test_imagenets_batches_become_arrays_once(tmp_path, size, capsys):
     version = f"imagenet{size} (Chrabaszcz et al. 2017) 3×{size}×{size}, 256 levels, 11 of 10 batches"
     assert data.label == version
     assert data.class_names == list("1234567")
-    for file in (tmp_path / "unpacked").iterdir():
+    for file in (tmp_path / f"imagenet{size}").iterdir():
         file.unlink()
+    capsys.readouterr()
     again = open_data(*asked)
     assert torch.equal(again.test.x, data.test.x)
     assert capsys.readouterr().out == ""
@@ -437,19 +438,27 @@ def test_a_pickle_runs_nothing_and_what_is_no_batch_gets_one_line(tmp_path, monk
         (pickle.dumps(wrong), "integers from 1"),
         (pickle.dumps(wrong | {"data": np.zeros((20, 3072))}), r"data is float64 \[20, 3072\]"),
         (pickle.dumps(wrong | {"labels": [1] * 19}), "integers from 1"),
+        (pickle.dumps(wrong | {"labels": 5}), "integers from 1"),
+        (pickle.dumps(wrong | {"labels": [[1]] * 20}), "integers from 1"),
     ):
         batch.write_bytes(content)
         with pytest.raises(UserError, match=message) as stop:
             open_data(*asked)
         assert str(batch) in str(stop.value)
         assert not (tmp_path / "ran").exists()
-        assert not (tmp_path / "imagenet32").exists()
+        assert not (tmp_path / "imagenet32-arrays").exists()
     batch.write_bytes(whole)
     np.savez(tmp_path / "train_data_batch_2.npz", **pickle.loads(whole))
     with pytest.raises(UserError, match="are one batch twice; leave one"):
         open_data(*asked)
     with pytest.raises(UserError, match="no train_data_batch_1 of ImageNet at 32×32"):
         open_data("dataset=imagenet32", f"dataset.root={tmp_path}/none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "train_data_batch_2.npz").unlink()
+    (tmp_path / "val_data").write_bytes(pickle.dumps({"data": np.zeros((20, 3072), np.uint8), "labels": [9] * 20}))
+    with pytest.raises(UserError, match="no training images of some of the labels 1 to 9; get all batches"):
+        open_data(*asked)
+    assert not (tmp_path / "imagenet32-arrays").exists()
 
 
 def test_statistics_of_the_digits_agree_with_numpy():

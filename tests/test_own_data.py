@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import command, one_run, refused, save_npz
+from helpers import command, killed, one_run, refused, save_npz
 from PIL import Image
 from tiny import open_data
 
@@ -20,7 +20,8 @@ from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data import arrays
 from pixelcnn_lit.data.arrays import Mapped
 from pixelcnn_lit.data.datamodule import ImageData
-from pixelcnn_lit.data.images import PART, Split, fingerprint
+from pixelcnn_lit.data.images import Split, fingerprint
+from pixelcnn_lit.lit.density_module import DensityModule
 
 
 def opened(kind: str, path: Path, *overrides: str) -> ImageData:
@@ -172,6 +173,28 @@ def test_transparent_pictures_need_a_background(root):
         assert f"on {name}" in data.label
 
 
+def test_pictures_further_down_are_taken_and_told_and_one_folder_too_high_is_refused(root, capsys):
+    pictures(root / "train" / "a" / "more", n=3)
+    data = opened("folder", root)
+    assert sizes(data) == [12, 1, 10]
+    assert "pictures taken from folders within a class: 3 (0.png, 1.png, 2.png)" in capsys.readouterr().out
+    assert line("folder", root.parent, "dataset.test_fraction=0.5").endswith(f"type dataset.path={root}")
+
+
+def test_an_odd_first_picture_is_named_whatever_the_order(tmp_path):
+    for name in "ab":
+        pictures(tmp_path / name, n=9)
+    picture(9, 9).save(tmp_path / "a" / "0.png")
+    assert re.search(r"6×5 pixels, but .*a/0\.png has 9×9", line("folder", tmp_path, "dataset.test_fraction=0.2"))
+
+
+def test_documents_that_pillow_does_not_read_are_left_out_and_counted(root, capsys):
+    for name in ("paper.pdf", "table.h5", "film.mpg", "figure.eps"):
+        (root / "train" / "a" / name).write_bytes(b"no picture")
+    assert sizes(opened("folder", root)) == [9, 1, 10]
+    assert "files left out that are no pictures: 4" in capsys.readouterr().out
+
+
 def test_links_are_followed_once_and_one_that_leads_nowhere_is_told(root, tmp_path):
     pictures(tmp_path / "elsewhere", n=4)
     (root / "train" / "c").symlink_to(tmp_path / "elsewhere")
@@ -249,6 +272,37 @@ def test_axes_in_another_order_and_an_npy_file_get_their_own_lines(tmp_path):
     assert "is an .npy file, which holds one array" in line("npz", tmp_path / "x.npy")
 
 
+@pytest.mark.parametrize(
+    ("shape", "typed", "message"),
+    [
+        ((28, 28, 28), [], "give 1 (grey) or 3 (RGB) channels; if these are right, type dataset.source_levels=256"),
+        ((16, 16, 4), [], "give 1 (grey) or 3 (RGB) channels"),
+        ((2, 8, 8), ["dataset.source_levels=300"], "looks like [N,C,H,W]"),
+        ((0, 8), [], "give uint8 [N,H,W] or [N,H,W,C]"),
+    ],
+)
+def test_arrays_whose_axes_or_channels_may_be_others_are_refused(tmp_path, shape, typed, message):
+    save_npz(tmp_path / "x.npz", shape)
+    assert message in line("npz", tmp_path / "x.npz", *typed)
+
+
+def test_four_channels_are_read_where_that_is_stated(tmp_path):
+    made = save_npz(tmp_path / "x.npz", (6, 5, 4))
+    data = opened("npz", tmp_path / "x.npz", "dataset.source_levels=256")
+    assert np.array_equal(data.test.x.permute(0, 2, 3, 1).numpy(), made["test_images"])
+
+
+@pytest.mark.parametrize("names", [np.array(7), np.array("ab")])
+def test_names_that_are_no_list_are_refused(tmp_path, names):
+    save_npz(tmp_path / "x.npz", class_names=names)
+    assert "give one name a class" in line("npz", tmp_path / "x.npz")
+
+
+def test_an_array_of_another_name_does_no_harm(tmp_path):
+    save_npz(tmp_path / "x.npz", val_loss=np.zeros(3))
+    assert sizes(opened("npz", tmp_path / "x.npz")) == [36, 4, 8]
+
+
 def test_too_little_memory_is_called_that(tmp_path, monkeypatch):
     save_npz(tmp_path / "x.npz")
 
@@ -306,19 +360,22 @@ def test_arrays_that_are_made_by_hand_are_read(tmp_path):
     made = save_npz(tmp_path / "x.npz", class_names=None)
     for key, array in made.items():
         np.save(tmp_path / f"{key}.npy", array)
+    assert opened("arrays", tmp_path).label == f"{tmp_path.name} 3×6×5, 256 levels"
     data = opened("arrays", tmp_path, "dataset.name=mine")
     same(opened("npz", tmp_path / "x.npz", "dataset.name=mine"), data)
     (tmp_path / "dataset.json").write_text(json.dumps({"class_names": list("wxyz"), "name": "ours"}))
     data = opened("arrays", tmp_path)
     assert (data.class_names, data.label) == (list("wxyz"), "ours 3×6×5, 256 levels")
-    for wrong in ('{"levels": 1}', '{"levels": "2"}', '{"class_names": 3}', "[]", "{", '{"changes": [1]}'):
+    lists = ('{"class_names": 3}', '{"class_names": "ab"}', '{"changes": [1]}', '{"changes": "x"}', "[" * 100_000)
+    for wrong in ('{"levels": 1}', '{"levels": "2"}', '{"levels": 256.5}', '{"name": 1}', "[]", "{", *lists):
         (tmp_path / "dataset.json").write_text(wrong)
         assert "dataset.json: must hold an object of class_names" in line("arrays", tmp_path)
     (tmp_path / "dataset.json").unlink()
     content = (tmp_path / "train_images.npy").read_bytes()
-    for broken in (content[:-1], content[:60], b"", b"no array", pickle.dumps(0)):
+    torn_header = content[:20] + b"(" * 20 + content[40:]
+    for broken in (content[:-1], content[:60], b"", b"no array", pickle.dumps(0), torn_header):
         (tmp_path / "train_images.npy").write_bytes(broken)
-        assert "a damaged .npy file" in line("arrays", tmp_path)
+        assert f"{tmp_path}/train_images.npy: a damaged .npy file" in line("arrays", tmp_path)
     (tmp_path / "train_images.npy").unlink()
     assert "there is no train_images in it; it has: test_images, test_labels, train_labels" in line("arrays", tmp_path)
     assert "no such folder" in line("arrays", tmp_path / "x.npz")
@@ -373,30 +430,73 @@ def test_whole_splits_are_read_a_part_at_a_time(tmp_path, small_parts):
         assert [len(part) for part in some.parts(9)][:-1] == [9, 9, 9, 9][: len(some) // 9]
         assert torch.equal(some.x, x[positions[-len(some) :]])
         assert fingerprint(some) == fingerprint(some.held())
-    assert PART > 7
 
 
-@pytest.mark.long
-def test_training_on_arrays_needs_little_memory_whatever_their_size(tmp_path, start: Callable):
-    """Four gigabytes of images, in a process that may have 1.2 GB more of its own than digits take."""
-    for part, n in (("train", 1_300_000), ("test", 100)):
+def test_parts_of_a_split_hold_no_more_positions_than_it_has():
+    split = Split(torch.zeros(100_000, 1, 1, 1, dtype=torch.uint8), torch.zeros(100_000, dtype=torch.int64))
+    held = {part.images.positions.untyped_storage() for part in split.parts(1000)}
+    assert sum(storage.nbytes() for storage in held) == 8 * 100_000
+
+
+@pytest.fixture
+def six_gigabytes(tmp_path) -> Path:
+    """Two million images of 3×32×32, which take no room on the disk but for the first."""
+    for part, n in (("train", 2_000_000), ("val", 100), ("test", 100)):
         shape = {"descr": "|u1", "fortran_order": False, "shape": (n, 32, 32, 3)}
         with (tmp_path / f"{part}_images.npy").open("wb") as file:
             np.lib.format.write_array_header_1_0(file, shape)
-            file.truncate(file.tell() + n * 3072)  # zeros, which take no room
+            file.write(bytes(range(256)))
+            file.truncate(file.tell() + n * 3072 - 256)
         np.save(tmp_path / f"{part}_labels.npy", np.arange(n) % 10)
+    return tmp_path
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["train", "evaluate", "data"])
+def test_arrays_need_little_memory_whatever_their_size(six_gigabytes, start: Callable, run, name):
+    """A process may have 1.2 GB more of its own than it has when it begins, with all imported."""
 
     def limited() -> None:
         used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (used + 1_200_000_000,) * 2)
 
-    small = [
+    own = {"train": ["model_size=tiny", "trainer=cpu", "trainer.max_steps=2", "~callbacks.samples"], "data": []}
+    own["evaluate"] = [f"ckpt={six_gigabytes}/run", "trainer=cpu", "split=train", "n_images=100"]
+    if name == "evaluate":
+        train = start(six_gigabytes, "train", *own["train"], *arrays_in(six_gigabytes), f"run_dir={six_gigabytes}/run")
+        assert train.wait(300) == 0
+    child = start(six_gigabytes, name, *own[name], *arrays_in(six_gigabytes), "run_dir=out", before=limited)
+    assert child.wait(500) == 0
+
+
+def arrays_in(folder: Path) -> list[str]:
+    return ["dataset=arrays", f"dataset.path={folder}", "dataset.num_workers=2"]
+
+
+@pytest.mark.long
+def test_a_run_on_arrays_resumes_to_the_bit_and_two_processes_score_like_one(tmp_path, start: Callable):
+    command("data", f"out={tmp_path}/there", f"run_dir={tmp_path}/data")
+    tiny = [
         "model_size=tiny",
         "trainer=cpu",
-        "trainer.max_steps=2",
-        "trainer.limit_val_batches=1",
+        "trainer.max_epochs=2",
+        "trainer.limit_train_batches=6",
         "~callbacks.samples",
     ]
-    data = ["dataset=arrays", f"dataset.path={tmp_path}", "dataset.source_levels=256", "dataset.num_workers=2"]
-    child = start(tmp_path / "run", "train", *small, *data, "run_dir=.", before=limited)
-    assert child.wait(500) == 0
+    tiny += ["dataset=arrays", f"dataset.path={tmp_path}/there", "dataset.batch_size=16"]
+    command("train", *tiny, f"run_dir={tmp_path}/whole")
+    with killed(DensityModule, "training_step", 8):
+        command("train", *tiny, f"run_dir={tmp_path}/cut", "callbacks.last.every_n_steps=1")
+    command("train", f"run_dir={tmp_path}/cut", "ckpt=last")
+    whole, cut = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "cut")
+    )
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=64-true"]
+    figures = []
+    for name, own in (("one", ["trainer=cpu", "trainer.precision=64-true"]), ("two", two)):
+        child = start(tmp_path, "evaluate", f"ckpt={tmp_path}/whole", *own, f"run_dir={tmp_path}/{name}")
+        assert child.wait(300) == 0
+        figures.append(json.loads((tmp_path / name / "evaluation.json").read_text())["bpd"])
+    assert figures[0] == pytest.approx(figures[1], abs=1e-9)

@@ -390,11 +390,11 @@ def test_folders_of_a_dataset_and_of_compress_are_read_by_the_same_rules(tmp_pat
     for split in (images.train, images.test):
         assert torch.equal(split.x[0], turned)
     images.tell()
-    assert torch.equal(read_folder(str(tmp_path), None, [0])[0][1], turned)
+    assert torch.equal(read_folder(str(tmp_path), None, ["0"])[0][1], turned)
     assert capsys.readouterr().out == "2 of 2 pictures: turned as its EXIF orientation (3) says\n" * 2
     Image.new("RGBA", (4, 4)).save(tmp_path / "train" / "0" / "x.png")
     transparent = "x.png: is transparent in places; "
-    assert line_of(read_folder, str(tmp_path), None, [0]).endswith(f"{transparent}save it without transparency")
+    assert line_of(read_folder, str(tmp_path), None, ["0"]).endswith(f"{transparent}save it without transparency")
     assert f"{transparent}type dataset.background=white or" in line_of(folder, str(tmp_path))
 
 

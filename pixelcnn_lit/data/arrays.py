@@ -1,6 +1,7 @@
 """Anybody's images as NumPy arrays in a folder, which stay on disk: they may be larger than memory."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,15 +13,16 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from pixelcnn_lit.config.errors import UserError, first_line
-from pixelcnn_lit.data.images import PART, Images, Split, Stored, channels_first
+from pixelcnn_lit.config.errors import UserError, first_line, printable
+from pixelcnn_lit.config.schema import matches
+from pixelcnn_lit.data.images import PART, Images, Split, Stored
 from pixelcnn_lit.nn.levels import level_dtype
 from pixelcnn_lit.runs.atomic import UNFINISHED
 from pixelcnn_lit.runs.terminal import progress
 
 FACTS = "dataset.json"
-PARTS = {"train": "train", "validation": "val", "test": "test"}  # how the names of arrays begin
-DARK = 16  # values below it alone are hardly those of 256 levels
+PREFIXES = {"train": "train", "validation": "val", "test": "test"}  # of the names of arrays
+DARK = 64  # values below it alone are hardly those of 256 levels
 MOST_LEVELS = 65_536
 Levels = Annotated[int, Interval(ge=2, le=MOST_LEVELS)] | None
 
@@ -31,8 +33,10 @@ class Mapped:
     They are served in `dtype`, whatever integers the file holds.
     """
 
+    in_memory = False
+
     def __init__(self, file: Path, dtype: torch.dtype = torch.uint8) -> None:
-        self.file, self.dtype = file, dtype
+        self.file, self.dtype = file.absolute(), dtype
         self._array = np.load(file, mmap_mode="r", allow_pickle=False)
 
     @property
@@ -41,7 +45,8 @@ class Mapped:
         return n, channels[0] if channels else 1, height, width
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        return tensor_of(np.take(self._array, positions.numpy(), axis=0), self.dtype)
+        x = torch.from_numpy(as_levels(np.asarray(self._array[positions.numpy()]), self.dtype))
+        return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
 
     def __reduce__(self) -> tuple[type["Mapped"], tuple[Path, torch.dtype]]:
         return Mapped, (self.file, self.dtype)  # a process that is spawned maps the file, too, and is sent no images
@@ -60,32 +65,39 @@ def arrays(path: str, source_levels: Levels = None) -> Images:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"dataset.path={path}: no such folder; type dataset.path=FOLDER, with train_images.npy in it")
-    facts = _facts(folder / FACTS)
+    facts = {"name": path} | _facts(folder / FACTS)
+    return labelled_images(
+        f"dataset.path={path}",
+        {file.stem for file in folder.glob("*.npy")},
+        load=lambda key: _mapped(folder / f"{key}.npy"),
+        store=lambda key, _, dtype: Mapped(folder / f"{key}.npy", dtype),
+        facts=facts | ({"levels": source_levels} if source_levels else {}),
+    )
+
+
+def _mapped(file: Path) -> np.ndarray:
     try:
-        return labelled_images(
-            f"dataset.path={path}",
-            {file.stem for file in folder.glob("*.npy")},
-            load=lambda key: np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False),
-            store=lambda key, _, dtype: Mapped(folder / f"{key}.npy", dtype),
-            facts=facts | ({"levels": source_levels} if source_levels else {}),
-        )
-    except (ValueError, EOFError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"dataset.path={path}: a damaged .npy file ({first_line(error)}); create it again") from error
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except PermissionError:
+        raise
+    except Exception as error:  # damaged headers lead to a dozen classes of errors
+        raise UserError(f"{file}: a damaged .npy file, or none ({first_line(error)}); create it again") from error
 
 
 def _facts(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        facts: dict[str, Any] = json.loads(file.read_bytes())
-        texts = [facts.get("name", ""), *facts.get("class_names", []), *facts.get("changes", [])]
-        if all(isinstance(text, str) for text in texts) and 2 <= facts.get("levels", 256) <= MOST_LEVELS:
-            return facts
-    except (ValueError, TypeError, AttributeError):
-        pass  # what is in it is of another kind
-    raise UserError(f"{file}: must hold an object of class_names, levels, name and changes; create it again")
+        facts = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        facts = None
+    kinds = {"name": str, "levels": Annotated[int, Interval(ge=2, le=MOST_LEVELS)]}
+    kinds |= {"class_names": list[str], "changes": list[str]}
+    if not isinstance(facts, dict) or not all(matches(facts[key], kind) for key, kind in kinds.items() if key in facts):
+        raise UserError(f"{file}: must hold an object of class_names, levels, name and changes; create it again")
+    lists = {key: [printable(text) for text in facts.get(key, [])] for key in ("class_names", "changes")}
+    texts = {key: printable(facts[key]) for key in ("name",) if key in facts}
+    return {key: value for key, value in (facts | lists | texts).items() if key in facts}
 
 
 def labelled_images(
@@ -103,15 +115,15 @@ def labelled_images(
         facts: class_names, levels, name and changes, as far as they are known.
     """
     splits, levels = {}, facts.get("levels", 256)
-    for name, part in PARTS.items():
-        if name == "validation" and not any(key.startswith(f"{part}_") for key in keys):
+    for name, part in PREFIXES.items():
+        if name == "validation" and not {f"{part}_images", f"{part}_labels"} & set(keys):
             continue
         for key in (f"{part}_images", f"{part}_labels"):
             if key not in keys:
                 raise UserError(f"{where}: there is no {key} in it; it has: {', '.join(sorted(keys)) or 'no arrays'}")
         y = _labels(where, f"{part}_labels", load(f"{part}_labels"))
         x = load(f"{part}_images")
-        _require_images(where, f"{part}_images", x, levels)
+        _require_images(where, f"{part}_images", x, facts.get("levels"))
         if len(x) != len(y):
             raise UserError(f"{where}: {len(x)} {part}_images and {len(y)} labels; give one label an image")
         splits[name] = Split(store(f"{part}_images", x, level_dtype(levels)), y)
@@ -133,22 +145,31 @@ def _labels(where: str, key: str, y: np.ndarray) -> Tensor:
     return torch.from_numpy(y.reshape(-1).astype(np.int64))
 
 
-def tensor_of(x: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """[N,H,W] or [N,H,W,C] of any integers as [N,C,H,W], of the same memory if it can be."""
-    wide = x if dtype == torch.uint8 else x.astype(np.int32)  # torch lacks much for uint16
-    return channels_first(torch.from_numpy(wide))
+def as_levels(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Integers that were checked, as what torch has in that type; no copy where they are that."""
+    return x.astype(np.uint8 if dtype == torch.uint8 else np.int32, copy=False)
 
 
-def _require_images(where: str, key: str, x: np.ndarray, levels: int) -> None:
+def _require_images(where: str, key: str, x: np.ndarray, levels: int | None) -> None:
+    """Raise UserError unless an array is one of images. `levels` are those that are stated, if any are."""
     what = f"{where}: {key} is {x.dtype} {list(x.shape)}"
-    if x.ndim not in (3, 4) or (x.dtype != np.uint8 and x.dtype.kind not in "iu"):
+    if x.ndim not in (3, 4) or x.dtype.kind not in "iu" or 0 in x.shape:
         raise UserError(f"{what}; give uint8 [N,H,W] or [N,H,W,C]")
-    if x.dtype != np.uint8 and levels <= 256:
+    channels, height, width = x.shape[1:] if x.ndim == 4 else (0, 0, 0)
+    if x.ndim == 4 and width not in (1, 3) and (channels in (1, 3) or height == width != channels):
+        raise UserError(f"{what}, which looks like [N,C,H,W]; give [N,H,W,C], as {key}.transpose(0, 2, 3, 1)")
+    if levels is None and x.dtype != np.uint8:
         raise UserError(
             f"{what}; give uint8; of the codes of a tokenizer, type how many there are: dataset.source_levels=512"
         )
-    if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
-        raise UserError(f"{what}, which looks like [N,C,H,W]; give [N,H,W,C], as {key}.transpose(0, 2, 3, 1)")
+    if levels is None and x.ndim == 4 and width not in (1, 3):
+        raise UserError(
+            f"{what}; give 1 (grey) or 3 (RGB) channels; if these are right, type dataset.source_levels=256"
+        )
+    for first in range(0, len(x), PART) if x.dtype != np.uint8 else ():  # before they are cast
+        part = x[first : first + PART]
+        if part.min() < 0 or part.max() >= (levels or 256):
+            raise UserError(f"{where}: {key} has values {part.min()} to {part.max()}, of {levels} levels")
 
 
 def _require_256_levels(where: str, split: Split) -> None:
@@ -189,8 +210,8 @@ def write_arrays(images: Images, folder: Path) -> None:
     unfinished = Path(mkdtemp(dir=folder.absolute().parent, prefix=UNFINISHED))
     try:
         for name, split in images.splits().items():
-            _write_images(split, unfinished / f"{PARTS[name]}_images.npy", name)
-            np.save(unfinished / f"{PARTS[name]}_labels.npy", split.y.numpy())
+            _write_images(split, unfinished / f"{PREFIXES[name]}_images.npy", name)
+            np.save(unfinished / f"{PREFIXES[name]}_labels.npy", split.y.numpy())
         facts = {"name": images.name, "levels": images.levels, "class_names": images.class_names}
         text = json.dumps(facts | {"changes": images.changes}, indent=2)
         (unfinished / FACTS).write_text(text, encoding="utf-8")
@@ -208,4 +229,6 @@ def _write_images(split: Split, file: Path, name: str) -> None:
     with file.open("wb") as content:
         np.lib.format.write_array_header_1_0(content, {"descr": kind.str, "fortran_order": False, "shape": shape})
         for part in progress(split.parts(PART), desc=f"writing {name}"):
-            content.write(part.x.permute(0, 2, 3, 1).contiguous().numpy().astype(kind).data)
+            content.write(part.x.permute(0, 2, 3, 1).contiguous().numpy().astype(kind, copy=False).data)
+        content.flush()
+        os.fsync(content.fileno())  # it is whole before the folder has its name

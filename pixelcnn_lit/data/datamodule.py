@@ -17,7 +17,7 @@ from pixelcnn_lit.checkpoints.read import read_checkpoint, require_same
 from pixelcnn_lit.config.build import check, resolve
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.arrays import write_arrays
-from pixelcnn_lit.data.images import Images, Split, carve, fingerprint, verify
+from pixelcnn_lit.data.images import Changed, Images, Split, carve, fingerprint, verify
 from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, augmented, loader
 from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, requantize, resize
 from pixelcnn_lit.runs.run_dir import expanded, plain_name
@@ -35,8 +35,7 @@ class ImageData(L.LightningDataModule):
         batch_size: over all processes together.
         validation_fraction: of the training images, where the source has no validation split; 0 leaves none.
         levels: requantize to so many levels; 2 binarizes, by threshold ("static") or by chance ("dynamic").
-        resize: the shorter side, and the middle of the longer. Like pad, horizontal_flip, random_crop, fewer levels and
-            no validation, it changes the label.
+        resize, pad, horizontal_flip, random_crop: each changes the label, as fewer levels and no validation do.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class ImageData(L.LightningDataModule):
         self._source_levels, self._source_changes = images.levels, images.changes
         self._as_they_come = images.splits()
         framed = {name: self._framed(split) for name, split in images.splits().items()}
-        shown = {name: self._requantized(split) for name, split in framed.items()}
+        shown = {name: _held(self._requantized(split)) for name, split in framed.items()}
         self.train, self.validation, self.test = shown["train"], shown["validation"], shown["test"]
         # What training batches are gathered from: under dynamic binarization the grey images, drawn anew each time.
         self.drawn_from = framed["train"] if self.dynamic else self.train
@@ -99,8 +98,10 @@ class ImageData(L.LightningDataModule):
 
     def _require_levels(self, images: Images) -> int:
         """Return how many levels the images are to have. Raises UserError where they cannot have so many."""
-        if images.levels > 256 and (self._wanted_levels or self.resize):
-            raise UserError(f"dataset.levels, dataset.resize: {self.title} holds codes, in no order; leave both out")
+        changes = ("resize", "pad", "horizontal_flip", "random_crop")
+        typed = [name for name in changes if getattr(self, name)] + ["levels"] * bool(self._wanted_levels)
+        if images.levels > 256 and typed:
+            raise UserError(f"dataset.{typed[0]}: {self.title} holds codes, which are no brightness; leave it out")
         levels = self._wanted_levels or images.levels
         if levels > images.levels:
             raise UserError(f"dataset.levels={levels}: {self.title} has {images.levels}; type that or less")
@@ -149,13 +150,12 @@ class ImageData(L.LightningDataModule):
     def label(self) -> str:
         """The dataset as scored and trained on: a bpd under another label is not comparable."""
         channels, height, width = self.train.image_shape
-        trained = {
-            "trained without validation": not len(self.validation),
-            "trained with flips": self.horizontal_flip,
-            f"trained with crops of {self.random_crop}": self.random_crop,
-        }
-        name = f"{plain_name(self.title)} {channels}×{height}×{width}"
-        return ", ".join([name, f"{self.levels} levels", *self.changes, *(how for how, so in trained.items() if so)])
+        parts = [f"{plain_name(self.title)} {channels}×{height}×{width}", f"{self.levels} levels"]
+        parts += [] if len(self.validation) else ["trained without validation"]
+        parts += self.changes
+        parts += ["trained with flips"] if self.horizontal_flip else []
+        parts += [f"trained with crops of {self.random_crop}"] if self.random_crop else []
+        return ", ".join(parts)
 
     def save(self, folder: Path) -> None:
         """Write the images as a folder of arrays, for `dataset=arrays`. Raises UserError where it cannot be written."""
@@ -164,7 +164,8 @@ class ImageData(L.LightningDataModule):
         validation = self.validation if len(self.validation) else None
         images = Images(self.train, self.test, self.class_names, self.levels, validation, self.title, self.changes)
         write_arrays(images, folder)
-        self._tell()
+        if self.streams:
+            self._tell()
 
     def state_dict(self) -> dict[str, str]:
         """The fingerprint of each split, which Lightning keeps in a run's checkpoints under the name of this class."""
@@ -263,6 +264,11 @@ def saved_or_given(ckpt: str, saved: dict[str, Any], given: dict[str, Any], comp
     if compared and "_target_" not in typed and (difference := data.changed_since(read_checkpoint(ckpt), *compared)):
         rank_zero_only(print)(f"ckpt={ckpt}: {difference}")
     return data
+
+
+def _held(split: Split) -> Split:
+    """Hold images that are in memory as they were changed: once, and not in each batch."""
+    return split.held() if isinstance(split.images, Changed) and split.images.in_memory else split
 
 
 def _nothing() -> None:

@@ -59,29 +59,27 @@ def folder(
             f"dataset.path={path}: no folders in {training}; it must hold train/CLASS/*.png and test/CLASS/*.png, or "
             "CLASS/*.png; of pictures without classes make one"
         )
-    if ("test" in parts) == (test_fraction is not None):
-        wrong = (
-            f"dataset.test_fraction={test_fraction}: {parts['test']} has the test images; leave it out"
-            if "test" in parts
-            else f"dataset.path={path}: no folder of test images; type dataset.test_fraction=0.1 to split some off"
+    if "test" in parts and test_fraction is not None:
+        raise UserError(f"dataset.test_fraction={test_fraction}: {parts['test']} has the test images; leave it out")
+    if "test" not in parts and test_fraction is None:
+        raise UserError(
+            f"dataset.path={path}: no folder of test images; type dataset.test_fraction=0.1 to split some off"
         )
-        raise UserError(wrong)
     splits = {name: _split(directory, classes, reader) for name, directory in ({"train": training} | parts).items()}
     if test_fraction is not None:
         splits["train"], splits["test"] = carve(splits["train"], test_fraction, "dataset.test_fraction")
-    changes = {
+    asked = {
         f"resized to {resize} and cropped": resize,
         f"turned to {colour}": colour,
         f"on {background}": background,
         f"{test_fraction} split off for testing": test_fraction,
     }
-    made = tuple(change for change, asked in changes.items() if asked)
     return Images(
         train=splits["train"],
         test=splits["test"],
         class_names=classes,
         validation=splits.get("validation"),
-        changes=made,
+        changes=tuple(change for change, setting in asked.items() if setting),
         hold=True,
         tell=reader.changes.tell,
     )
@@ -90,11 +88,12 @@ def folder(
 class Reader:
     """Reads pictures as images of one kind, and keeps what was changed in them."""
 
+    first: Picture | None = None
+
     def __init__(self, resize: int | None, colour: Kind | None, background: Background | None) -> None:
         self.resize, self.colour = resize, colour
         self.background: Background | None = background
         self.changes = Changes()
-        self.first: Picture | None = None
 
     def read(self, file: Path) -> Picture:
         picture = read_picture(file, self.background, settings="dataset.")
@@ -105,9 +104,9 @@ class Reader:
     def read_all(self, files: list[Path]) -> Tensor:
         """Return them as uint8 [N,C,H,W]. Raises UserError where one is not as the first that was read."""
         pictures = read_all(files, self.read)
-        self.first = self.first or pictures[0]
         for picture in pictures:
-            self._require_alike(picture, self.first)
+            if self.first:
+                self._require_alike(picture, self.first)
             self.changes.add(picture)
         return torch.stack([picture.pixels for picture in pictures])
 
@@ -132,10 +131,13 @@ class Pictures:
     """Images in picture files, which are read when they are asked for."""
 
     dtype = torch.uint8
+    in_memory = False
 
     def __init__(self, files: list[Path], reader: Reader) -> None:
         self.files, self.reader = files, reader
-        self.image_shape = tuple(reader.read(files[0]).pixels.shape)
+        first = reader.read(files[0])
+        reader.first = reader.first or first  # with which all others are compared
+        self.image_shape = tuple(first.pixels.shape)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -162,6 +164,9 @@ def _parts(root: Path) -> dict[str, Path]:
         named = [folder for folders in found.values() for folder in folders]
         if named:
             raise UserError(f"{named[0]}: no folder of training images beside it; call that {root / 'train'}")
+        for within in (folder for entry in others for folder in _folders(entry)):
+            if within.name.lower() in SPLITS["train"]:
+                raise UserError(f"{within}: lies one folder further down; type dataset.path={within.parent}")
         return {}
     for name, folders in found.items():
         if len(folders) > 1:
@@ -172,18 +177,23 @@ def _parts(root: Path) -> dict[str, Path]:
 
 
 def _split(directory: Path, classes: list[str], reader: Reader) -> Split:
+    label_of = {name: label for label, name in enumerate(classes)}
     files: list[tuple[int, Path]] = []
     loose: list[Path] = []
+    deep: list[Path] = []
     for file in picture_files(directory):
         name, *inside = file.relative_to(directory).parts
         if not inside:
             loose.append(file)
-        elif name in classes:
-            files.append((classes.index(name), file))
+        elif name in label_of:
+            files.append((label_of[name], file))
+            deep += [file] * (len(inside) > 1)
         else:
             raise UserError(f"{directory}: has a class that the training images lack: {name}; remove it, or add some")
     if loose:
         print(f"{relative(directory)}: pictures left out that are in no class: {len(loose)} ({first_few(loose)})")
+    if deep:
+        print(f"{relative(directory)}: pictures taken from folders within a class: {len(deep)} ({first_few(deep)})")
     if not files:
         raise UserError(f"{directory}: no pictures in folders; it must hold CLASS/*.png")
     files.sort()

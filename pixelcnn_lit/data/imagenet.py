@@ -30,7 +30,8 @@ def imagenet32(root: str = "data") -> Images:
     """ImageNet at 32×32 (Chrabaszcz et al. 2017, arXiv 1707.08819): 256 levels, 1,281,167 + 50,000 images.
 
     Reads train_data_batch_1 to 10 and val_data, pickled or as npz, in root or a folder in it. They become arrays in
-    root/imagenet32 once, 4.1 GB, which are mapped from then on. The 50,000 official validation images are the test set.
+    root/imagenet32-arrays once, 4.1 GB, which are mapped from then on. The test set are the 50,000 official validation
+    images.
     A bpd on the images of van den Oord et al. 2016, which are not antialiased, is of another dataset.
     """
     return _imagenet(Path(root), 32)
@@ -42,32 +43,33 @@ def imagenet64(root: str = "data") -> Images:
 
 
 def _imagenet(root: Path, size: int) -> Images:
-    converted = root / f"imagenet{size}"
+    converted = root / f"imagenet{size}-arrays"
     if not converted.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
+        training, test = _files(root, size, r"train_data_batch_(\d+)"), _files(root, size, r"val_data")
+        if not training or not test:
+            raise UserError(
+                f"dataset.root={root}: no {'val_data' if training else 'train_data_batch_1'} of ImageNet at "
+                f"{size}×{size} in it; download the batches of the downsampled ImageNet, and unpack them there"
+            )
         with FileLock(root / f".imagenet{size}.lock"):  # of several processes one converts
             if not converted.is_dir():
-                _convert(root, size, converted)
+                _convert(training, test, size, converted)
     return arrays(str(converted))
 
 
-def _convert(root: Path, size: int, folder: Path) -> None:
-    training = _files(root, size, r"train_data_batch_(\d+)")
-    test = _files(root, size, r"val_data")
-    if not training or not test:
-        raise UserError(
-            f"dataset.root={root}: no {'val_data' if training else 'train_data_batch_1'} of ImageNet at {size}×{size} "
-            f"in it; download the batches of the downsampled ImageNet, pickled or npz, and unpack them there"
-        )
-    batches = [Batches(files, size) for files in (training, test)]
+def _convert(training: list[Path], test: list[Path], size: int, folder: Path) -> None:
+    batches = [BatchFiles(files, size) for files in (training, test)]
     splits = [Split(each, each.y) for each in batches]
     labels = splits[0].y.unique()
-    if labels.tolist() != list(range(len(labels))):
-        raise UserError(f"{training[0]}: labels without images among 1 to {int(labels[-1]) + 1}; get all batches")
+    if labels.tolist() != list(range(len(labels))) or int(splits[1].y.max()) >= len(labels):
+        last = 1 + max(int(split.y.max()) for split in splits)
+        raise UserError(f"{training[0]}: no training images of some of the labels 1 to {last}; get all batches")
     some = (f"{len(training)} of {BATCHES} batches",) if len(training) != BATCHES else ()
     names = [str(label + 1) for label in labels.tolist()]
     name = f"imagenet{size} (Chrabaszcz et al. 2017)"
     print(f"{name}: {len(splits[0])} training and {len(splits[1])} test images become arrays once: {relative(folder)}")
+    if some:
+        print(f"{some[0]}: once you have all, delete {relative(folder)}")
     write_arrays(Images(*splits, class_names=names, name=name, changes=some), folder)
 
 
@@ -86,10 +88,11 @@ def _files(root: Path, size: int, name: str) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-class Batches:
+class BatchFiles:
     """The images of several files, one of which is in memory at a time."""
 
     dtype = torch.uint8
+    in_memory = False
 
     def __init__(self, files: list[Path], size: int) -> None:
         self.files, self.size = files, size
@@ -107,6 +110,7 @@ class Batches:
         holder = torch.bucketize(positions, self.ends, right=True)
         for number in holder.unique().tolist():
             if self._open[0] != number:
+                self._open = (-1, torch.empty(0))  # before the next needs its memory
                 self._open = (number, _read(self.files[number], self.size)[0])
             first = int(self.ends[number - 1]) if number else 0
             x[holder == number] = self._open[1][positions[holder == number] - first]
@@ -122,7 +126,8 @@ def _read(file: Path, size: int) -> tuple[Tensor, Tensor]:
         raise UserError(f"{file}: does not fit into memory") from error
     except Exception as error:  # pickle, zip and numpy name their troubles in a dozen classes
         raise UserError(f"{file}: a damaged batch, or none of ImageNet ({first_line(error)}); get it again") from error
-    if x.dtype != np.uint8 or x.shape != (len(y), 3 * size * size) or y.dtype.kind not in "iu" or y.min() < 1:
+    integers = y.ndim == 1 and len(y) > 0 and y.dtype.kind in "iu"
+    if not integers or x.dtype != np.uint8 or x.shape != (len(y), 3 * size * size) or y.min() < 1:
         raise UserError(
             f"{file}: data is {x.dtype} {list(x.shape)} and labels {y.dtype} {list(y.shape)}; must be uint8 "
             f"[N,{3 * size * size}] and integers from 1 [N]"

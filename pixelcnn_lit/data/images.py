@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.nn.levels import level_dtype
+from pixelcnn_lit.nn.levels import MOST_CHANNELS, level_dtype
 from pixelcnn_lit.runs.terminal import progress
 
-MOST_CHANNELS = 64
 PART = 1024  # images at a time where all are read
 LARGE_PART = 2**26  # bytes of a part of a split that is not to be in memory as a whole
 
@@ -21,6 +20,7 @@ class Stored(Protocol):
     """Images [N,C,H,W] that need not be in memory: those at some positions, int64 [B], are read when asked for."""
 
     dtype: torch.dtype
+    in_memory: bool  # and need not be read from a disk each time
 
     @property
     def shape(self) -> tuple[int, int, int, int]: ...
@@ -35,6 +35,7 @@ class Subset:
         if isinstance(whole, Subset):
             whole, positions = whole.whole, whole.positions[positions]
         self.whole, self.positions, self.dtype = whole, positions, whole.dtype
+        self.in_memory = is_in_memory(whole)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -50,6 +51,7 @@ class Changed:
 
     def __init__(self, before: "Tensor | Stored", change: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.before, self.change, self.dtype = before, change, before.dtype
+        self.in_memory = is_in_memory(before)
         blank = torch.zeros(1, *before.shape[1:], dtype=before.dtype)
         _, *self.image_shape = change(blank, torch.zeros(1, dtype=torch.int64)).shape
 
@@ -60,6 +62,27 @@ class Changed:
 
     def __getitem__(self, positions: Tensor) -> Tensor:
         return self.change(self.before[positions], positions)
+
+
+class ChannelsLast:
+    """Images that lie in memory as most files hold them, [N,H,W,C], served as [N,C,H,W]."""
+
+    in_memory = True
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.dtype = x, x.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        n, height, width, channels = self.x.shape
+        return n, channels, height, width
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return self.x[positions].permute(0, 3, 1, 2)
+
+
+def is_in_memory(images: Tensor | Stored) -> bool:
+    return isinstance(images, Tensor) or images.in_memory
 
 
 class Split:
@@ -77,7 +100,7 @@ class Split:
 
     def __getitem__(self, positions: Tensor | slice) -> "Split":
         if isinstance(positions, slice):
-            positions = torch.arange(len(self))[positions]
+            positions = torch.arange(*positions.indices(len(self)))  # and no view of as many as there are
         return Split(Subset(self.images, positions), self.y[positions])
 
     @property
@@ -104,6 +127,13 @@ class Split:
     def parts(self, n: int) -> Sequence["Split"]:
         """Return the split as parts of `n` images, the last of what is left; each is read when its `x` is."""
         return [self[first : first + n] for first in range(0, len(self), n)]
+
+    def as_stored(self) -> "Split":
+        """Return it in the order in which a disk has its images, which is the quickest to read."""
+        if not isinstance(self.images, Subset) or self.images.in_memory:
+            return self
+        order = self.images.positions.argsort()
+        return Split(Subset(self.images, order), self.y[order])
 
     def large_parts(self) -> Sequence["Split"]:
         """Return it as few parts that need little memory: one, of most datasets."""
@@ -147,7 +177,8 @@ class Images:
 
 
 def fingerprint(split: Split) -> str:
-    """Return how many images, and a checksum of these and of their classes, in their order."""
+    """Return how many images, and a checksum of these and of their classes, in their order: see `as_stored`."""
+    split = split.as_stored()
     checksum = hashlib.sha256(f"{[len(split), *split.image_shape]}".encode())
     for part in progress(split.parts(PART), desc="checksum"):
         checksum.update(part.x.contiguous().reshape(-1).numpy().data)
@@ -156,8 +187,8 @@ def fingerprint(split: Split) -> str:
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """Images as most files hold them, [N,H,W] or [N,H,W,C], as [N,C,H,W]: the same memory."""
-    return x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    """Images as most files hold them, [N,H,W] or [N,H,W,C], to [N,C,H,W]."""
+    return (x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
 
 
 def verify(images: Images, name: str) -> None:
@@ -191,7 +222,7 @@ def _verify_values(split: Split, levels: int, where: str) -> None:
     if levels == 256:
         return  # as many as its type has
     for part in progress(split.parts(PART), desc="looking at all values"):
-        least, largest = int(part.x.min()), int(part.x.max())
+        least, largest = (int(value) for value in part.x.aminmax())
         if least < 0 or largest >= levels:
             wrong = least if least < 0 else largest
             raise UserError(f"{where}: a value of {wrong} in images of {levels} levels")

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.data.arrays import Levels, labelled_images, tensor_of
-from pixelcnn_lit.data.images import Images
+from pixelcnn_lit.data.arrays import Levels, as_levels, labelled_images
+from pixelcnn_lit.data.images import ChannelsLast, Images
 
 
 def npz(path: str, source_levels: Levels = None) -> Images:
@@ -32,12 +34,12 @@ def npz(path: str, source_levels: Levels = None) -> Images:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             facts: dict[str, Any] = {"levels": source_levels} if source_levels else {}
             if "class_names" in archive:
-                facts["class_names"] = [_text(name) for name in archive["class_names"].tolist()]
+                facts["class_names"] = _names(path, archive["class_names"])
             return labelled_images(
                 f"dataset.path={path}",
                 set(archive),
                 load=archive.__getitem__,
-                store=lambda _, x, dtype: tensor_of(x, dtype),
+                store=lambda _, x, dtype: stored(x, dtype),
                 facts=facts,
             )
     except UserError:
@@ -52,6 +54,18 @@ def npz(path: str, source_levels: Levels = None) -> Images:
 def _is_npy(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(6) == b"\x93NUMPY"
+
+
+def stored(x: np.ndarray, dtype: torch.dtype) -> Tensor | ChannelsLast:
+    """Images [N,H,W] or [N,H,W,C] in memory, as they lie there."""
+    levels = torch.from_numpy(as_levels(x, dtype))
+    return levels.unsqueeze(1) if x.ndim == 3 else ChannelsLast(levels)
+
+
+def _names(path: str, names: np.ndarray) -> list[str]:
+    if names.ndim != 1:
+        raise UserError(f"dataset.path={path}: class_names is {names.dtype} {list(names.shape)}; give one name a class")
+    return [_text(name) for name in names.tolist()]
 
 
 def _text(name: str | bytes | int) -> str:

@@ -262,6 +262,11 @@ def _on_all_cores(function: Callable[[Path], Any], files: Sequence[Path], **bar:
         return list(progress(threads.map(function, files), total=len(files), **bar))
 
 
+def class_folders(class_names: Sequence[str]) -> list[str]:
+    """Return the name of a folder for each class, which holds its pictures."""
+    return [re.sub(r"[/\\\x00]", "_", name) for name in class_names]
+
+
 def picture_files(folder: Path) -> list[Path]:
     """Return all pictures below a folder, by their content, 2 before 10. Prints how many other files lie there.
 
@@ -301,9 +306,9 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> tuple[list[tuple[int, str]], str]:
     """A key to sort by as people count: numbers by value."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)], name
 
 
 def is_hidden(path: Path) -> bool:
@@ -316,7 +321,7 @@ def _is_picture(file: Path) -> bool:
         with _opened(file):
             return True
     except UnidentifiedImageError:
-        return file.suffix.lower() in Image.registered_extensions()
+        return Image.registered_extensions().get(file.suffix.lower()) in _formats()
     except Exception:
         return True
 

@@ -11,8 +11,8 @@ from pixelcnn_lit.nn.noise import uniform
 
 
 def resize(x: Tensor, at: Tensor, size: int) -> Tensor:
-    """The shorter side scaled to `size` (bilinear, antialiased), and the middle of the longer: another dataset."""
-    return F.center_crop(F.resize(x, [size], antialias=True), [size])
+    """The shorter side scaled to `size` (bilinear, antialiased): other pixels, another dataset."""
+    return F.resize(x, [size], antialias=True)
 
 
 def pad(x: Tensor, at: Tensor, width: int) -> Tensor:
@@ -31,8 +31,10 @@ def requantize_levels(x: Tensor, old: int, new: int) -> Tensor:
 
 def binarize_by_index(x: Tensor, at: Tensor, levels: int, seed: int) -> Tensor:
     """Draw each pixel white with probability x / (levels - 1); image n's draw is a function of (seed, n)."""
-    noise = torch.stack([uniform((seed, n), tuple(x.shape[1:])) for n in at.tolist()])
-    return (noise < x / (levels - 1)).to(torch.uint8)
+    binary = torch.empty_like(x)
+    for image, n, into in zip(x, at.tolist(), binary, strict=True):
+        into[:] = uniform((seed, n), tuple(image.shape)) < image / (levels - 1)
+    return binary
 
 
 def flip(x: Tensor, generator: torch.Generator) -> Tensor:

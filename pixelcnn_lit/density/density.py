@@ -16,7 +16,7 @@ from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.density.bayes import posterior
 from pixelcnn_lit.models.protocols import Embedding, Likelihood, Network, SteppableNetwork, Stepper
 from pixelcnn_lit.nn.layers import checkpoint_blocks
-from pixelcnn_lit.nn.levels import level_dtype
+from pixelcnn_lit.nn.levels import MOST_CHANNELS, level_dtype
 from pixelcnn_lit.nn.wavefronts import At
 from pixelcnn_lit.runs.machine import on_threads
 from pixelcnn_lit.runs.terminal import progress
@@ -24,7 +24,6 @@ from pixelcnn_lit.samplers.draw import Request, refuse_steering
 from pixelcnn_lit.samplers.walk import eval_mode
 
 SAMPLER = "pixelcnn_lit.samplers.draw.draw"
-MOST_CHANNELS = 64
 
 
 Nats = TypeVar("Nats", float, Tensor)

@@ -7,10 +7,9 @@ from pixelcnn_lit.density.density import Density
 MUCH_LIKELIER = 0.7  # times the nats: photographs and their negatives are much closer
 
 
-def likelier_as_negatives(model: Density, x: Tensor, y: Tensor) -> Tensor:
-    """Return whether each image [B,C,H,W] of a class [B] would be much likelier inverted: bool [B]."""
-    negative = model.nats(model.levels - 1 - x, y)
-    return (negative < MUCH_LIKELIER * model.nats(x, y)).cpu()
+def likelier_as_negatives(model: Density, x: Tensor, y: Tensor, nats: Tensor) -> Tensor:
+    """Return whether each image [B,C,H,W] of a class [B], of -log p = `nats` [B], would be much likelier inverted."""
+    return model.nats(model.levels - 1 - x, y).cpu() < MUCH_LIKELIER * nats.cpu()
 
 
 def hint_at_negatives(likelier: Tensor) -> None:

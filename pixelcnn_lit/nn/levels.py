@@ -1,6 +1,8 @@
-"""The levels of a pixel."""
+"""The levels of a pixel, and its channels."""
 
 import torch
+
+MOST_CHANNELS = 64
 
 
 def level_dtype(levels: int) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Bits per dimension of people's own pictures, which belong to no dataset."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from pixelcnn_lit.data.grids import as_rgb, heat, save, tiled
 from pixelcnn_lit.data.images import random_positions
-from pixelcnn_lit.data.pictures import Picture, picture_files, read_image, tell
+from pixelcnn_lit.data.pictures import Picture, picture_files, read_all, read_image, tell
 from pixelcnn_lit.density.bayes import marginal, posterior
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.negatives import hint_at_negatives, likelier_as_negatives
@@ -25,8 +26,7 @@ def read_pictures(path: Path, n_images: int | None, model: Density, changes: dic
     if n_images is not None and n_images < len(files):
         print(f"{n_images} of {len(files)} pictures, a fixed random subset")
         files = [files[n] for n in sorted(random_positions(len(files), n_images).tolist())]
-    read = progress(files, desc="reading")
-    pictures = [read_image(file, model.image_shape, model.levels, **changes) for file in read]
+    pictures = read_all(files, lambda file: read_image(file, model.image_shape, model.levels, **changes))
     tell(pictures)
     return pictures
 
@@ -51,7 +51,9 @@ def score_pictures(
     print(f"class: {given.how}")
     print(table(rows[:SHOWN], float(bpd.mean())))
     if not any("inverted" in picture.changes for picture in pictures):
-        hint_at_negatives(torch.cat([likelier_as_negatives(model, *batch) for batch in batches]))
+        nats = (math.log(2) * spent.sum((1, 2))).split(batch_size)
+        both = progress(list(zip(batches, nats, strict=True)), desc="comparing with negatives")
+        hint_at_negatives(torch.cat([likelier_as_negatives(model, some, y, known) for (some, y), known in both]))
     show_bits(model, x[:SHOWN], spent[:SHOWN], rows[:SHOWN])
     if len(rows) > SHOWN:
         print(f"shown: the first {SHOWN} of {len(rows)}; all are in evaluation.json")

@@ -63,11 +63,12 @@ class Fitted(NamedTuple):
 
     def result(self, best: Trainable, data: ImageData) -> dict[str, Any]:
         """Return what result.json holds of any run: figures are of the best checkpoint."""
+        splits = {"val": data.validation, "test": data.test}
         return {
             "label": data.label,
             **self.scored,
             **best.figures,
-            "test/fingerprint": fingerprint(data.test),
+            **{f"{short}/fingerprint": fingerprint(split) for short, split in splits.items() if len(split)},
             "epochs": self.trainer.current_epoch,
             "steps": self.trainer.global_step,
             "images_per_second": self.throughput.images_per_second,
