@@ -53,7 +53,7 @@ def checkpoint(tmp_path_factory) -> str:
 ONE_STEP = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.samples.every_n_epochs=0"]
 
 TYPOS = [
-    ("dataset=foo", "there is no such dataset; choose from: cifar10, digits"),
+    ("dataset=foo", "there is no such dataset; choose from: arrays, cifar10, cifar100, digits"),
     ("logger=[csv,tensorboad]", "logger=tensorboad: there is no such logger; did you mean tensorboard?"),
     ("model.n_residul=3", "there is no such setting; did you mean model.n_residual?"),
     ("modle.n_residual=3", "there is no such setting; did you mean model.n_residual?"),
@@ -118,7 +118,7 @@ TYPOS = [
     ("+trainer.logger=false", "trainer.logger: is set by the program"),
     ("+trainer.enable_model_summary=true", "trainer.enable_model_summary: is set by the program"),
     ("+trainer.fast_dev_run=true", "type trainer.max_steps=1"),
-    ("sampler.guidance_scale=2", "train with label_dropout=0.1"),
+    ("sampler.guidance_scale=2", "train one with label_dropout=0.1"),
     ("sampler.mix_with=77", "sampler.mix_with=77: this model was trained on 0, 1, 2"),
     ("trainer.limit_test_batches=0", "trainer.limit_test_batches=0: leaves none of 16 batches to score"),
     ("trainer.val_check_interval=0", "trainer"),

@@ -400,7 +400,13 @@ def test_a_mapped_file_is_sent_to_another_process_by_its_name(tmp_path):
     assert torch.equal(sent.x, split.x)
 
 
-@pytest.mark.parametrize("method", sorted({"fork", "spawn"} & set(multiprocessing.get_all_start_methods())))
+METHODS = {"fork": [], "spawn": [pytest.mark.long]}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=METHODS[name]) for name in multiprocessing.get_all_start_methods() if name in METHODS],
+)
 def test_workers_serve_mapped_images_however_they_are_started(tmp_path, monkeypatch, method):
     command("data", f"out={tmp_path}/there", f"run_dir={tmp_path}/run")
     monkeypatch.setattr("pixelcnn_lit.data.loader._start_method", lambda: method)

@@ -270,7 +270,7 @@ def test_a_finished_job_is_left_alone_only_if_it_is_the_one_that_is_typed(finish
 
 def test_a_finished_run_that_is_not_extended_says_that_nothing_was_left_to_train(finished, capsys):
     before = json.loads((finished / "result.json").read_text())
-    for fewer in ([], ["trainer.max_epochs=1"]):
+    for fewer in ([], ["trainer.max_steps=2"]):
         train(finished, "ckpt=last", *fewer)
         assert "nothing was left to train (trainer.max_epochs=" in capsys.readouterr().out
         after = json.loads((finished / "result.json").read_text())

@@ -133,7 +133,7 @@ def test_directories_of_any_name_do_for_whatever_is_read_or_written(tmp_path, mo
     (tmp_path / WORST).mkdir()
     monkeypatch.chdir(tmp_path / WORST)  # Hydra tells of it, too
     Path(WORST).mkdir()
-    images, labels = np.zeros((40, 4, 4), np.uint8), np.arange(40) % 2
+    images, labels = np.full((40, 4, 4), 99, np.uint8), np.arange(40) % 2
     np.savez(Path(WORST, "x.npz"), train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16).save(Path(WORST, "x.png"))
     npz = ["dataset=npz", setting("dataset.path", f"{WORST}/x.npz"), "dataset.batch_size=8", "dataset.num_workers=0"]
@@ -180,7 +180,7 @@ def test_the_processes_of_one_run_share_its_directory_whatever_its_name(tmp_path
     monkeypatch.chdir(tmp_path)
     seen = []
 
-    def main(dataset: dict, augmented: bool, threads: int | None) -> None:
+    def main(dataset: dict, augmented: bool, out: str | None, threads: int | None) -> None:
         seen.append((_hydra_subprocess_cmd(1), run_dir()))
 
     monkeypatch.setattr(pixelcnn_lit.data.__main__, "main", main)
@@ -228,7 +228,7 @@ def test_a_home_directory_is_expanded_wherever_a_path_is_typed(tmp_path, monkeyp
     home.mkdir(), here.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
-    images, labels = np.zeros((40, 4, 4), np.uint8), np.arange(40) % 2
+    images, labels = np.full((40, 4, 4), 99, np.uint8), np.arange(40) % 2
     np.savez(home / "x.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     np.savez(home / "z.npz", images=images)
     Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16).save(home / "x.png")

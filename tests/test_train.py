@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 from contextlib import nullcontext
@@ -251,7 +252,7 @@ def test_a_png_is_completed_where_its_mask_is_black(run, monkeypatch, tmp_path):
         (["label=3"], "test images have their own"),
         (["keep=middle"], "keep=middle: must be one of top_half"),
         (["n_images=0"], "n_images=0: must be a whole number >= 1"),
-        (["sampler.guidance_scale=2"], "train with label_dropout"),
+        (["sampler.guidance_scale=2"], "train one with label_dropout"),
         (["sampler.method=fast"], "sampler.method=fast: must be one of naive, cached, fixed_point"),
     ],
 )
@@ -630,7 +631,7 @@ def test_a_sweep_leaves_a_table_and_names_its_failed_jobs(tmp_path, monkeypatch,
     table = capsys.readouterr().out
     assert "\ndigits 1×8×8, 17 levels: 250 validation and 250 test images\n" in table
     in_common, *others = [line for line in table.splitlines() if "model_size=tiny" in line]
-    assert in_common == f"all with: {' '.join(sweep)}"
+    assert in_common == f"all with: {shlex.join([*sweep[:-1], f'{sweep[-1]}=null'])}"
     assert all("failed" in line for line in others)  # a row tells what is its own
     rows = [line for line in table.splitlines() if "model.n_residual=" in line]
     assert len(rows) == 4  # two results, the failed job, its reason
