@@ -457,15 +457,15 @@ def six_gigabytes(tmp_path) -> Path:
     return tmp_path
 
 
+def limited() -> None:
+    used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 1_200_000_000,) * 2)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["train", "evaluate", "data"])
 def test_arrays_need_little_memory_whatever_their_size(six_gigabytes, start: Callable, run, name):
     """A process may have 1.2 GB more of its own than it has when it begins, with all imported."""
-
-    def limited() -> None:
-        used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-        resource.setrlimit(resource.RLIMIT_DATA, (used + 1_200_000_000,) * 2)
-
     own = {"train": ["model_size=tiny", "trainer=cpu", "trainer.max_steps=2", "~callbacks.samples"], "data": []}
     own["evaluate"] = [f"ckpt={six_gigabytes}/run", "trainer=cpu", "split=train", "n_images=100"]
     if name == "evaluate":
