@@ -445,9 +445,9 @@ def test_parts_of_a_split_hold_no_more_positions_than_it_has():
 
 
 @pytest.fixture
-def six_gigabytes(tmp_path) -> Path:
-    """Two million images of 3×32×32, which take no room on the disk but for the first."""
-    for part, n in (("train", 2_000_000), ("val", 100), ("test", 100)):
+def two_gigabytes(tmp_path) -> Path:
+    """Two gigabytes: 650,000 images of 3×32×32, which take no room on the disk but for the first."""
+    for part, n in (("train", 650_000), ("val", 100), ("test", 100)):
         shape = {"descr": "|u1", "fortran_order": False, "shape": (n, 32, 32, 3)}
         with (tmp_path / f"{part}_images.npy").open("wb") as file:
             np.lib.format.write_array_header_1_0(file, shape)
@@ -464,23 +464,23 @@ def limited() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["train", "evaluate", "data"])
-def test_arrays_need_little_memory_whatever_their_size(six_gigabytes, start: Callable, run, name):
+def test_arrays_need_little_memory_whatever_their_size(two_gigabytes, start: Callable, run, name):
     """A process may have 1.2 GB more of its own than it has when it begins, with all imported."""
     own = {"train": ["model_size=tiny", "trainer=cpu", "trainer.max_steps=2", "~callbacks.samples"], "data": []}
-    own["evaluate"] = [f"ckpt={six_gigabytes}/run", "trainer=cpu", "split=train", "n_images=100"]
+    own["evaluate"] = [f"ckpt={two_gigabytes}/run", "trainer=cpu", "split=train", "n_images=100"]
     if name == "evaluate":
-        train = start(six_gigabytes, "train", *own["train"], *arrays_in(six_gigabytes), f"run_dir={six_gigabytes}/run")
+        train = start(two_gigabytes, "train", *own["train"], *arrays_in(two_gigabytes), f"run_dir={two_gigabytes}/run")
         assert train.wait(300) == 0
-    child = start(six_gigabytes, name, *own[name], *arrays_in(six_gigabytes), "run_dir=out", before=limited)
+    child = start(two_gigabytes, name, *own[name], *arrays_in(two_gigabytes), "run_dir=out", before=limited)
     assert child.wait(500) == 0
 
 
 def arrays_in(folder: Path) -> list[str]:
-    return ["dataset=arrays", f"dataset.path={folder}", "dataset.num_workers=2"]
+    return ["dataset=arrays", f"dataset.path={folder}", "dataset.num_workers=2", "dataset.batch_size=8"]
 
 
 @pytest.mark.long
-def test_a_run_on_arrays_resumes_to_the_bit_and_two_processes_score_like_one(tmp_path, start: Callable):
+def test_a_run_on_arrays_resumes_to_the_bit_and_two_processes_score_like_one(tmp_path, spawn: Callable):
     command("data", f"out={tmp_path}/there", f"run_dir={tmp_path}/data")
     tiny = [
         "model_size=tiny",
@@ -502,7 +502,7 @@ def test_a_run_on_arrays_resumes_to_the_bit_and_two_processes_score_like_one(tmp
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=64-true"]
     figures = []
     for name, own in (("one", ["trainer=cpu", "trainer.precision=64-true"]), ("two", two)):
-        child = start(tmp_path, "evaluate", f"ckpt={tmp_path}/whole", *own, f"run_dir={tmp_path}/{name}")
+        child = spawn(tmp_path, "evaluate", f"ckpt={tmp_path}/whole", *own, f"run_dir={tmp_path}/{name}")
         assert child.wait(300) == 0
         figures.append(json.loads((tmp_path / name / "evaluation.json").read_text())["bpd"])
     assert figures[0] == pytest.approx(figures[1], abs=1e-9)

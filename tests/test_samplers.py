@@ -338,9 +338,9 @@ def test_law_5_at_the_size_of_mnist(network, labels):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("labels", [[0], [1, 2, 3]], ids=str)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_law_5_at_the_size_of_mnist_by_every_method(network, labels):
+def test_law_5_at_the_size_of_mnist_by_every_method(network):
+    labels = [1, 2, 3]
     model = make(network, "categorical", (1, 28, 28), levels=256, num_classes=4)
     naive, cached, fixed = (drawn(model, labels, method=method) for method in METHODS)
     assert torch.equal(naive, cached)
