@@ -43,7 +43,7 @@ class Subset:
         return len(self.positions), channels, height, width
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        return self.whole[self.positions[positions]]
+        return taken(self.whole, self.positions[positions])
 
 
 class Changed:
@@ -61,7 +61,7 @@ class Changed:
         return self.before.shape[0], channels, height, width
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        return self.change(self.before[positions], positions)
+        return self.change(taken(self.before, positions), positions)
 
 
 class ChannelsLast:
@@ -78,7 +78,12 @@ class ChannelsLast:
         return n, channels, height, width
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        return self.x[positions].permute(0, 3, 1, 2)
+        return taken(self.x, positions).permute(0, 3, 1, 2)
+
+
+def taken(images: Tensor | Stored, positions: Tensor) -> Tensor:
+    """Return the images at some positions. Of tensors `index_select` copies whole images, and not value by value."""
+    return images.index_select(0, positions) if isinstance(images, Tensor) else images[positions]
 
 
 def is_in_memory(images: Tensor | Stored) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pixelcnn_lit.data.images import Split
+from pixelcnn_lit.data.images import Split, taken
 from pixelcnn_lit.runs.signals import outlive_signals
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
@@ -80,7 +80,7 @@ class Gather(Dataset):
 
     def __getitems__(self, batch: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         seed, positions = batch
-        x = self.split.images[positions].contiguous()
+        x = taken(self.split.images, positions).contiguous()
         return augmented(x, self.augmentations, seed), self.split.y[positions]
 
 
