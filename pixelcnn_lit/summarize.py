@@ -22,7 +22,7 @@ from pixelcnn_lit.runs.terminal import print_what_can_be_printed
 
 FIGURES = ("bpd", "accuracy")  # of density models, of classifiers
 LEFT_OUT = ("nll", "bpd_standard_error", "nats_per_image", "loss", "images", "fingerprint")  # of those of a validation
-IN_ALL = ("images_per_second", "seconds")  # of the whole run: whole numbers are enough
+IN_ALL = ("images_per_second", "seconds")  # of the whole run: few digits are enough
 COLUMNS = ("n_params", *IN_ALL)
 
 
@@ -127,7 +127,9 @@ def _typed(job: Path) -> list[str]:
 def _cell(column: str, value: int | float | str) -> str:
     if isinstance(value, str):
         return value
-    return f"{value:,.0f}" if column in IN_ALL or isinstance(value, int) else f"{value:.4f}"
+    if isinstance(value, int) or (column in IN_ALL and value >= 10):
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if column in IN_ALL else f"{value:.4f}"
 
 
 def _state(job: Path) -> tuple[str, str]:

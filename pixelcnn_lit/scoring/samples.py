@@ -7,6 +7,7 @@ Kernel distance: Bińkowski et al. 2018, Demystifying MMD GANs (arXiv 1801.01401
 Both are published for an Inception network on ImageNet; read by another judge, they compare with each other alone.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.lit.classifier_module import ClassifierModule
 from pixelcnn_lit.lit.metrics import accuracy, per_class
 from pixelcnn_lit.runs.terminal import progress
+
+
+warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer.*")  # which are few
 
 
 class Features(NamedTuple):
