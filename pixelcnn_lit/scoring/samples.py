@@ -21,7 +21,6 @@ from pixelcnn_lit.lit.classifier_module import ClassifierModule
 from pixelcnn_lit.lit.metrics import accuracy, per_class
 from pixelcnn_lit.runs.terminal import progress
 
-
 warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer.*")  # which are few
 
 
