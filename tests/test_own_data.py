@@ -298,6 +298,11 @@ def test_names_that_are_no_list_are_refused(tmp_path, names):
     assert "give one name a class" in line("npz", tmp_path / "x.npz")
 
 
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    save_npz(tmp_path / "x.npz", class_names=np.array(list("abca")))
+    assert "several classes are called a; give each its own name" in line("npz", tmp_path / "x.npz")
+
+
 def test_an_array_of_another_name_does_no_harm(tmp_path):
     save_npz(tmp_path / "x.npz", val_loss=np.zeros(3))
     assert sizes(opened("npz", tmp_path / "x.npz")) == [36, 4, 8]

@@ -1,6 +1,7 @@
 """The images that a source hands over, wherever they lie, and checks of them."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -212,6 +213,9 @@ def verify(images: Images, name: str) -> None:
                 f"{where}: labels {int(split.y.min())}..{int(split.y.max())} out of range; "
                 f"{len(images.class_names)} classes take labels 0..{len(images.class_names) - 1}"
             )
+    twice = [one for one, count in Counter(images.class_names).items() if count > 1]
+    if twice:
+        raise UserError(f"{name}: several classes are called {twice[0]}; give each its own name")
     empty = (torch.bincount(images.train.y, minlength=len(images.class_names)) == 0).nonzero().flatten().tolist()
     if empty:
         raise UserError(
