@@ -54,6 +54,9 @@ ONE_STEP = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.
 
 TYPOS = [
     ("dataset=foo", "there is no such dataset; choose from: arrays, cifar10, cifar100, digits"),
+    ("dataset.path=x.npz", "dataset.path: this dataset has no such setting; type dataset=NAME, too"),
+    ("hydra/sweeper=optuna", "others are plugins: see pixelcnn_lit/training/README.md"),
+    ("dataset.batch_size=5000", "more than the 1297 training images; type dataset.batch_size=324, for example"),
     ("logger=[csv,tensorboad]", "logger=tensorboad: there is no such logger; did you mean tensorboard?"),
     ("model.n_residul=3", "there is no such setting; did you mean model.n_residual?"),
     ("modle.n_residual=3", "there is no such setting; did you mean model.n_residual?"),
@@ -413,3 +416,8 @@ def test_too_little_memory_is_answered_in_one_line():
         assert line.startswith("out of memory; type a smaller batch_size")
         assert "\n" not in line
     assert explain(RuntimeError("a fault of the program")) is None
+
+
+def test_a_sweep_for_slurm_away_from_slurm_gets_one_line():
+    line = explain(RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?'))
+    assert line == "hydra/launcher=submitit_slurm: there is no srun here; type it on a machine of the cluster"

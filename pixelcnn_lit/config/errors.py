@@ -129,6 +129,8 @@ def explain(error: BaseException | None, settings: Callable[[], Mapping[str, Any
             return _NO_MEMORY
         case RuntimeError() if "can't allocate memory" in str(error):  # torch's, on a CPU
             return _NO_MEMORY
+        case RuntimeError() if 'Could not detect "srun"' in str(error):  # submitit's
+            return "hydra/launcher=submitit_slurm: there is no srun here; type it on a machine of the cluster"
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{error.filename or 'the directory of the run'}: the disk is full; make room"
         case OSError() if error.filename:
@@ -164,7 +166,8 @@ def _first(error: BaseException) -> BaseException | None:
 
 def _missing_config(error: MissingConfigException) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-    return f"{group}={choice}: there is no such {group}; {suggest(choice, error.options or [])}"
+    plugins = "; others are plugins: see pixelcnn_lit/training/README.md" if group.startswith("hydra/") else ""
+    return f"{group}={choice}: there is no such {group}; {suggest(choice, error.options or [])}{plugins}"
 
 
 _UNKNOWN = r"(Could not override|Could not delete from config\.) '(?P<key>(?!hydra\b)[^'@]+)'"
@@ -174,6 +177,8 @@ def _no_such_setting(key: str, settings: Mapping[str, Any]) -> str:
     if likely := meant(key, settings):
         return f"{key}: there is no such setting; did you mean {' or '.join(likely)}?"
     group, _, last = key.rpartition(".")
+    if key in ("dataset.path", "dataset.root"):
+        return f"{key}: this dataset has no such setting; type dataset=NAME, too, that of a run that is resumed as well"
     inside = _group(group, settings)
     if inside is None:
         return f"{key}: there is no such setting; {suggest(last, settings)}"

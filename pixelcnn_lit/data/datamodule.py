@@ -213,7 +213,10 @@ class ImageData(L.LightningDataModule):
     def train_dataloader(self) -> LazyLoader:
         batches = self._batches(self.train, shuffle=True)
         if not len(batches):
-            raise UserError(f"dataset.batch_size={self.batch_size}: more than the {len(self.train)} training images")
+            raise UserError(
+                f"dataset.batch_size={self.batch_size}: more than the {len(self.train)} training images; type "
+                f"dataset.batch_size={max(1, len(self.train) // 4)}, for example"
+            )
         return loader(Gather(self.drawn_from, self._augmentations), batches, self.num_workers)
 
     def val_dataloader(self) -> LazyLoader:

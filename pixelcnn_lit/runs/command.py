@@ -71,7 +71,7 @@ def run(name: str) -> None:
 def _end_sweep(name: str) -> None:
     """Print the table of a sweep of training runs, if this was one."""
     directory = sweep_directory()
-    if directory and name in TRAINING:
+    if directory and name in TRAINING and any(directory.glob("*/hydra")):
         again = shlex.join(["python", "-m", "pixelcnn_lit.summarize", relative(directory)])
         print(f"\nall runs of the sweep: {relative(directory)} (to print this table again: {again})")
         with contextlib.suppress(OSError, ValueError):  # the runs themselves have said what failed

@@ -137,10 +137,10 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         if run.start and not begun.training:  # what Lightning restores from it is not what it should be
             raise UserError(f"ckpt={run.start}: cannot be resumed from ({first_line(error)})") from error
         raise
+    best = best_weights(trainer, run, data)
     if run.start and trainer.global_step == saved["global_step"]:
         limits = f"trainer.max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}"
-        rank_zero_only(print)(f"nothing was left to train ({limits}); the best weights are scored again")
-    best = best_weights(trainer, run, data)
+        rank_zero_only(print)(f"nothing was left to train ({limits}); the best weights are scored")
     return Fitted(trainer, best, read_checkpoint(best)["scored"], kept.history, throughput, extras)
 
 
