@@ -1,8 +1,10 @@
 """Several processes (DDP over gloo) give what one gives; sweeps over them, or in workers, give one tree."""
 
 import json
+import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from helpers import Child, Children, save_npz, slurm
 
 from pixelcnn_lit.checkpoints.read import read_checkpoint
-from pixelcnn_lit.runs.signals import Stopped
+from pixelcnn_lit.runs.signals import Stopped, raise_on_signals
 from pixelcnn_lit.training.resume import LastCheckpoint
 from pixelcnn_lit.training.trainer import make_trainer
 
@@ -112,6 +114,21 @@ def test_lightnings_own_handlers_of_signals_are_not_installed():
     before = signal.getsignal(signal.SIGTERM)
     trainer._signal_connector.register_signal_handlers()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_while_processes_start_loses_none_of_them(monkeypatch):
+    """One that is not written down would wait for this one half an hour."""
+    trainer: Any = make_trainer({"accelerator": "cpu", "devices": 3, "strategy": "ddp"})
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    def start(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+        return "a process"
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with raise_on_signals(), pytest.raises(Stopped):
+        trainer.strategy.launcher._call_children_scripts()
+    assert trainer.strategy.launcher.procs == ["a process", "a process"]
 
 
 def test_a_stop_at_the_end_is_one_of_all_processes(monkeypatch):

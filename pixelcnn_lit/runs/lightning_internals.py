@@ -6,9 +6,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Timer, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.runs.signals import postpone_signals
 
 TESTED = ("2.6",)
 
@@ -117,11 +118,15 @@ def forks_or_spawns(trainer: L.Trainer) -> bool:
 
 
 def take_signals_away(trainer: L.Trainer) -> None:
-    """Let Lightning install no handlers of signals.
+    """Let Lightning install no handlers of signals, and let none strike while it starts processes.
 
-    They lock, save and broadcast where a signal strikes, and wait for ever for what they interrupted.
+    Its handlers lock, save and broadcast where a signal strikes, and wait for ever for what they interrupted. And it
+    cannot end a process that a signal kept it from writing down.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None
+    launcher: Any = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher._call_children_scripts = postpone_signals()(launcher._call_children_scripts)
 
 
 def broadcast_no_buffers(trainer: L.Trainer) -> None:

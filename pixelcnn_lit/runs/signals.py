@@ -60,6 +60,18 @@ def note_signals() -> None:
     _answer = _note
 
 
+@contextlib.contextmanager
+def postpone_signals() -> Iterator[None]:
+    """A signal is noted, and raises Stopped at the end."""
+    global _answer
+    answer, _answer = _answer, _note
+    try:
+        yield
+    finally:
+        _answer = answer
+    stop_if_noted()
+
+
 def outlive_signals(worker: int = 0) -> None:
     """Let a worker process live on when all processes of a job get a signal, so that the run can be saved.
 
