@@ -71,7 +71,7 @@ def test_a_run_does_not_resume_on_other_images(trained, capsys):
     assert before == {path: path.read_bytes() for path in (run / "checkpoints").iterdir()}
     archive(file)
     file.rename(file.with_name("moved.npz"))  # the same images elsewhere
-    command(name, *again, "dataset=npz", f"dataset.path={file.with_name('moved.npz')}")
+    command(name, *again, f"dataset.path={file.with_name('moved.npz')}")
     assert json.loads((run / "result.json").read_text())["epochs"] == 2
 
 
@@ -102,6 +102,9 @@ def test_scores_on_other_images_than_the_runs_are_given_and_say_so(tmp_path, cap
         printed = capsys.readouterr().out
         assert ("best.ckpt: its test split was 8 images of checksum " in printed) == told
         assert ("split was" in printed) == told
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(file), str(file.rename(tmp_path / "moved.npz"))))
+    command("evaluate", *evaluate)  # as after a run that was resumed where its data had moved, and improved no more
 
 
 def test_one_class_is_trained_and_scored(tmp_path, monkeypatch, capsys):

@@ -54,6 +54,7 @@ ONE_STEP = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.
 
 TYPOS = [
     ("dataset=foo", "there is no such dataset; choose from: arrays, cifar10, cifar100, digits"),
+    ("--lr=3", "--lr=3: no such option; type settings as key=value"),
     ("dataset.path=x.npz", "dataset.path: this dataset has no such setting; type dataset=NAME, too"),
     ("hydra/sweeper=optuna", "others are plugins: see pixelcnn_lit/training/README.md"),
     ("dataset.batch_size=5000", "more than the 1297 training images; type dataset.batch_size=324, for example"),

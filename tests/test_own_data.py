@@ -147,7 +147,9 @@ def test_pictures_of_many_sizes_are_scaled_and_cropped_while_they_are_read(root,
         (image[0, 1:-1].int() - torch.tensor(expected[1:-1])).abs().max() for image in x
     ]  # beyond a crop's edges nothing is seen
     assert min(apart) <= 2
-    assert "20 of 20 pictures: scaled to 6×6 and cropped to the middle" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0.png: scaled to 6×6 and cropped to the middle" in printed
+    assert "19 of 20 pictures: enlarged to 6×6 and cropped to the middle" in printed
 
 
 def test_grey_pictures_among_coloured_ones_are_of_one_kind_if_that_is_asked_for(root):

@@ -21,6 +21,7 @@ from pixelcnn_lit.data.images import Changed, Images, Split, carve, fingerprint,
 from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, augmented, loader
 from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, requantize, resize
 from pixelcnn_lit.runs.run_dir import expanded, plain_name
+from pixelcnn_lit.runs.saved import data_places
 
 
 class ImageData(L.LightningDataModule):
@@ -261,7 +262,8 @@ def saved_or_given(ckpt: str, saved: dict[str, Any], given: dict[str, Any], comp
     typed = {key: value for key, value in given.items() if value is not None}
     if not saved["dataset"] and "_target_" not in typed:
         raise UserError(f"ckpt={ckpt}: names no dataset; type dataset=")
-    data = image_data(typed if "_target_" in typed else saved["dataset"] | typed)
+    moved = {key: place for key, place in data_places(ckpt).items() if key in saved["dataset"]}
+    data = image_data(typed if "_target_" in typed else saved["dataset"] | moved | typed)
     data.setup()
     require_same(ckpt, saved, data.facts)
     if compared and "_target_" not in typed and (difference := data.changed_since(read_checkpoint(ckpt), *compared)):

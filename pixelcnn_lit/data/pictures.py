@@ -168,7 +168,8 @@ def sized(picture: Picture, height: int, width: int, resize: bool) -> Picture:
         )
     image = ImageOps.fit(to_pil(picture.pixels), (width, height), Image.Resampling.BILINEAR)
     cropped = here[0] * width != here[1] * height
-    return picture.changed(_pixels(image), f"scaled to {height}×{width}" + " and cropped to the middle" * cropped)
+    how = "enlarged" if height > here[0] or width > here[1] else "scaled"
+    return picture.changed(_pixels(image), f"{how} to {height}×{width}" + " and cropped to the middle" * cropped)
 
 
 def in_channels(picture: Picture, channels: int, colour: Colour | None) -> Picture:

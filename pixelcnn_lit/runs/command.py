@@ -12,20 +12,21 @@ from typing import Any
 from unittest.mock import patch
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 
 from pixelcnn_lit.config.build import check, check_parts
-from pixelcnn_lit.config.errors import explain
+from pixelcnn_lit.config.errors import UserError, explain
 from pixelcnn_lit.config.quoting import quoted, uninterpolated
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.help import page
 from pixelcnn_lit.runs.memory import keep_freed_memory
 from pixelcnn_lit.runs.places import CONF
 from pixelcnn_lit.runs.run_dir import expanded, relative, run_dir, start_clock, typed
-from pixelcnn_lit.runs.saved import checkpoint_file
+from pixelcnn_lit.runs.saved import checkpoint_file, dataset_of_run
 from pixelcnn_lit.runs.signals import raise_on_signals
 from pixelcnn_lit.runs.sweep import sweep_directory
 from pixelcnn_lit.runs.terminal import print_what_can_be_printed
@@ -49,11 +50,14 @@ def run(name: str) -> None:
     """
     start_clock()
     sys.argv[1:] = [_home_in_quotes(word) for word in sys.argv[1:]]
+    if name in TRAINING:
+        sys.argv[1:1] = dataset_of_run(sys.argv[1:])
     debug = "debug=true" in sys.argv or os.environ.get(FULL_ERROR) == "1"
     job: Any = functools.partial(_job, name, debug)  # which the launcher of a sweep can send to another process
     job.__module__ = f"pixelcnn_lit.{name}"  # from which Hydra takes the name of the job
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)
     try:
+        _refuse_options(sys.argv[1:])
         with patch.dict(os.environ, {FULL_ERROR: "1"}):
             main()
     except Exception as error:
@@ -66,6 +70,13 @@ def run(name: str) -> None:
             raise
         sys.exit(f"error: {line}")
     _end_sweep(name)
+
+
+def _refuse_options(words: list[str]) -> None:
+    """Raise UserError where one is an option that Hydra does not know: it would print a page of those that it does."""
+    _, unknown = get_args_parser().parse_known_args(words)
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such option; type settings as key=value (--help lists them)")
 
 
 def _end_sweep(name: str) -> None:

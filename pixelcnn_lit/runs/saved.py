@@ -12,6 +12,8 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.runs.places import CONF, WEIGHTS
@@ -34,7 +36,9 @@ LOGGERS = {
     "pixelcnn_lit.training.loggers.CSVLogger": set(),
     "lightning.pytorch.loggers.WandbLogger": {"project", "name", "id", "offline", "tags"},
 }
-MAY_CHANGE_ON_RESUME = ("trainer.", "callbacks.", "dataset.root", "dataset.path", "threads")
+CHOICES = ("dataset", "experiment")  # of what chooses a dataset
+PLACES = ("dataset.root", "dataset.path")
+MAY_CHANGE_ON_RESUME = ("trainer.", "callbacks.", *PLACES, "threads")
 
 
 def run_of(ckpt: str | None, parent: str, name: str | None) -> str:
@@ -72,6 +76,30 @@ def checkpoint_file(ckpt: str, setting: str = "ckpt") -> Path:
     wrong = "no checkpoints/best.ckpt in it" if path.is_dir() else "no such file"
     near = "".join(f"did you mean {name}? " for name in get_close_matches(ckpt, pretrained, n=1))
     raise UserError(f"{setting}={ckpt}: {wrong}; {near}type {known}")
+
+
+def data_places(ckpt: str) -> dict[str, str]:
+    """Return dataset.root and dataset.path of a checkpoint's run, whose data may have moved since it was written."""
+    try:
+        dataset: Any = OmegaConf.load(checkpoint_file(ckpt).absolute().parent.parent / CONFIG).get("dataset")
+        return {key: dataset[key] for key in ("root", "path") if isinstance(dataset.get(key), str)}
+    except (OSError, ValueError, AttributeError, OmegaConfBaseException, YAMLError):
+        return {}  # it lies beside no run, or beside what is none
+
+
+def dataset_of_run(words: Sequence[str]) -> list[str]:
+    """Return what chose the dataset of the run that is resumed, where only the new place of its data is typed."""
+    typed = {key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)}
+    run = Path(expanded(typed.get("run_dir") or typed.get("ckpt") or ""))
+    directory = run.parent.parent if run.is_file() else run
+    moved = "ckpt" in typed and not typed.keys().isdisjoint(PLACES) and typed.keys().isdisjoint(CHOICES)
+    if not moved or not (directory / CONFIG).is_file():
+        return []
+    try:
+        overrides: Any = OmegaConf.load(directory / CONFIG).get("overrides")
+        return [word for word in overrides or () if str(word).lstrip("+").partition("=")[0] in CHOICES]
+    except (OSError, OmegaConfBaseException, YAMLError):
+        return []
 
 
 def last_checkpoint(directory: Path) -> Path:
