@@ -81,7 +81,8 @@ def checkpoint_file(ckpt: str, setting: str = "ckpt") -> Path:
 def data_places(ckpt: str) -> dict[str, str]:
     """Return dataset.root and dataset.path of a checkpoint's run, whose data may have moved since it was written."""
     try:
-        dataset: Any = OmegaConf.load(checkpoint_file(ckpt).absolute().parent.parent / CONFIG).get("dataset")
+        config: Any = OmegaConf.load(checkpoint_file(ckpt).absolute().parent.parent / CONFIG)
+        dataset = config.get("dataset")
         return {key: dataset[key] for key in ("root", "path") if isinstance(dataset.get(key), str)}
     except (OSError, ValueError, AttributeError, OmegaConfBaseException, YAMLError):
         return {}  # it lies beside no run, or beside what is none
@@ -96,8 +97,8 @@ def dataset_of_run(words: Sequence[str]) -> list[str]:
     if not moved or not (directory / CONFIG).is_file():
         return []
     try:
-        overrides: Any = OmegaConf.load(directory / CONFIG).get("overrides")
-        return [word for word in overrides or () if str(word).lstrip("+").partition("=")[0] in CHOICES]
+        config: Any = OmegaConf.load(directory / CONFIG)
+        return [word for word in config.get("overrides") or () if str(word).lstrip("+").partition("=")[0] in CHOICES]
     except (OSError, OmegaConfBaseException, YAMLError):
         return []
 
