@@ -5,11 +5,16 @@
 
 The directory is that of a sweep, or any that holds runs. Those without a result follow the table, with the reason.
 "seconds" are those of a whole run, from its start to its test.
+
+Where a sweep repeats each choice of settings with several seeds, each is compared with the first, seed by seed: the
+mean of the differences, and its standard error. They are those of the validation, where there is one.
 """
 
 import json
 import shlex
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +52,7 @@ def summarize(directory: Path) -> bool:
         scored = {job: result for job, result in done.items() if f"test/{figure}" in result}
         if scored:
             _table(scored, figure)
+            _pairs(scored, figure)
             _curves(scored, figure, directory)
     for job in jobs:
         if job not in done:
@@ -78,6 +84,27 @@ def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
         if error := result.get("test/bpd_standard_error"):
             cells[1] += f" ± {error:.4f}"
         print(*(f"{cell:>19}" for cell in cells), f"  {job}: {shlex.join(_own(result, alike))}", sep="")
+
+
+def _pairs(done: dict[Path, dict[str, Any]], figure: str) -> None:
+    """Print how each choice of settings differs from the first one, where both ran with the same two seeds or more."""
+    column = f"val/{figure}" if all(f"val/{figure}" in result for result in done.values()) else f"test/{figure}"
+    alike = _alike(done)
+    by_choice: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for result in done.values():
+        own = _own(result, alike)
+        choice = tuple(override for override in own if not override.startswith("seed="))
+        by_choice[_scored_on(result), *choice][shlex.join(sorted(set(own) - set(choice)))] = result[column]
+    (first_on, *first), seeds = next(iter(by_choice.items()))
+    for (scored_on, *choice), others in list(by_choice.items())[1:]:
+        common = seeds.keys() & others.keys()
+        if scored_on == first_on and len(common) > 1:
+            differences = [others[seed] - seeds[seed] for seed in common]
+            error = statistics.stdev(differences) / len(differences) ** 0.5
+            print(
+                f"{column}, {len(common)} pairs by seed: {statistics.mean(differences):+.4f} ± {error:.4f} with "
+                f"{shlex.join(choice) or 'nothing more'} than with {shlex.join(first) or 'nothing more'}"
+            )
 
 
 def _alike(done: dict[Path, dict[str, Any]]) -> list[str]:
