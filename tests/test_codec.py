@@ -213,7 +213,7 @@ def test_the_commands_write_and_read_npz_and_folders(tmp_path, capsys):
     np.savez(tmp_path / "named.npz", images=pixels, labels=np.array(list("abcab")))
     for wrong, said in (
         (f"images={tmp_path}/nothing.npz", "no such file"),
-        (f"images={ckpt}", "no npz with `images`"),
+        (f"images={ckpt}", "no npz; of pictures type the folder"),
         (f"images={tmp_path}/named.npz", "`labels` integers"),
         (f"out={tmp_path}/folder", "is a folder"),
         ("n_images=-1", "n_images=-1: must be"),

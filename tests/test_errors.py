@@ -54,6 +54,9 @@ ONE_STEP = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.
 
 TYPOS = [
     ("dataset=foo", "there is no such dataset; choose from: arrays, cifar10, cifar100, digits"),
+    ("classes=[3,", "classes=[3,: ends too soon; type it without spaces, as in classes=[a,b]"),
+    ("optimizer.lr=2e-3,", "optimizer.lr=2e-3,: ends too soon; type it without spaces, as in optimizer.lr=a,b"),
+    ("optimizer.learning_rate=1", "optimizer.learning_rate: there is no such setting; choose from: _target_"),
     ("--lr=3", "--lr=3: no such option; type settings as key=value"),
     ("dataset.path=x.npz", "dataset.path: this dataset has no such setting; type dataset=NAME, too"),
     ("hydra/sweeper=optuna", "others are plugins: see pixelcnn_lit/training/README.md"),
@@ -181,7 +184,7 @@ def test_an_unknown_key_is_looked_for_in_all_groups():
         }.items():
             with pytest.raises(OverrideParseException) as nothing:
                 compose("train", [key])
-            assert explain(nothing.value, lambda: settings) == f"{key}: not an override; type {answer}"
+            assert explain(nothing.value, lambda: settings) == f"{key}: not an override; type {answer}, without spaces"
 
 
 @pytest.mark.parametrize("way", ["debug=true", "HYDRA_FULL_ERROR"])

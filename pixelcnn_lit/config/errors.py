@@ -53,7 +53,9 @@ def meant(key: str, settings: Mapping[str, Any]) -> list[str]:
     likeness = {
         name: _likeness(key, name)
         for name in _names(settings, nested="." in key)
-        if inside is None or name.startswith(f"{group}.") or name.rpartition(".")[2] == last
+        if inside is None
+        or name.startswith(f"{group}.")
+        or (name.rpartition(".")[2] == last and _group(name, settings) is None)
     }
     nearest = max(likeness.values(), default=(0.0, 0.0))
     return [name for name, own in likeness.items() if own == nearest >= (0.7, 0.0)]
@@ -190,7 +192,10 @@ def _not_an_override(override: str, settings: Mapping[str, Any]) -> str:
     key, sign, value = override.partition("=")
     if not sign:
         likely = [f"{name}=..." for name in meant(key, settings)]
-        return f"{override}: not an override; type {' or '.join(likely) or 'key=value'}"
+        return f"{override}: not an override; type {' or '.join(likely) or 'key=value'}, without spaces"
+    if value.endswith(",") or (value.startswith("[") and not value.endswith("]")):
+        example = f"{key}=[a,b]" if value.startswith("[") else f"{key}=a,b"
+        return printable(f"{override}: ends too soon; type it without spaces, as in {example}")
     if read(f"{key}={quoted(value)}") != value:
         return f"{override}: not an override; type key=value"
     if value[:1] + value[-1:] in ("[]", "{}"):

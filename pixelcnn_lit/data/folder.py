@@ -50,6 +50,8 @@ def folder(
         test_fraction: of the images, by a fixed random choice, where there is no folder of test images.
         resize: the shorter side, and the middle of the longer. colour: of all. background: of transparent ones.
     """
+    if not Path(path).is_dir():
+        raise UserError(f"dataset.path={path}: no such folder; type dataset.path=FOLDER")
     reader = Reader(resize, colour, background)
     parts = _parts(Path(path))
     training = parts.get("train", Path(path))

@@ -70,7 +70,7 @@ def _fetch(dataset: type, root: str, download: bool, by_hand: str) -> Images:
         cause = " ".join(str(error).split()) or "a damaged file"
         raise UserError(
             f"{dataset.__name__} could not be read from dataset.root={root} ({cause}): delete damaged files and check "
-            f"the network; or {by_hand.format(root=root)}; or type dataset=digits, which needs no file"
+            f"the network; or {by_hand.format(root=root)}; or train on dataset=digits, which needs no file"
         ) from error
 
 

@@ -217,8 +217,8 @@ def _changed(
             continue
         if not key.startswith(MAY_CHANGE_ON_RESUME):
             raise UserError(
-                f"{key} is {old.get(key)} in the run and {new.get(key)} here; only trainer.*, callbacks.*, logger "
-                "and threads may be changed when a run is resumed"
+                f"{key} is {old.get(key)} in the run and {new.get(key)} here; only trainer.*, callbacks.*, "
+                "logger, threads and the place of the data may be changed when a run is resumed"
             )
         kept = {name: value for name, value in kept.items() if not _is_in(name, key)}
         kept |= {name: value for name, value in values.items() if _is_in(name, key) and key in new}
