@@ -191,15 +191,15 @@ class RasterState:
 
     def advance(self, previous: Tensor, at: At) -> None:
         """Take in `previous`, the pixel before `at`, [B,E]. At position 0 there is none, and all is forgotten."""
-        every: list[Resettable] = [*self.caches, *self.others]
-        if at.position == 0:
-            for cache in every:
-                cache.reset()
-            return
-        self.caches[0].write_previous(previous, at)
-        if at.column == 0:
-            for cache in every:
-                cache.new_row()
+        if at.position:
+            self.caches[0].write_previous(previous, at)
+        self.begin(at)
+
+    def begin(self, at: At) -> None:
+        """Come to a pixel: at position 0 all is forgotten; where a row begins, what was the current one is above."""
+        every: list[Resettable] = [*self.caches, *self.others] if at.column == 0 else []
+        for cache in every:
+            cache.new_row() if at.position else cache.reset()
 
 
 class WavefrontCache(TapsCache):
