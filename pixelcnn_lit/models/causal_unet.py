@@ -147,7 +147,7 @@ class Resolution(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """[B,channels,H,W] -> the same."""
-        x = x + (self.embed(y, self.position.dtype) + self.position).to(x.dtype)
+        x = x + self.position.to(x.dtype) + self.embed(y, x.dtype)  # one by one: a sum of both is as large as x
         for block in self.down:
             x = block(x)
         if self.coarser is None:
