@@ -109,12 +109,18 @@ def _pairs(done: dict[Path, dict[str, Any]], figure: str) -> None:
 
 def _alike(done: dict[Path, dict[str, Any]]) -> list[str]:
     """Return the overrides that several runs have in common."""
-    first, *others = done.values()
-    return [each for each in first["overrides"] if others and all(each in other["overrides"] for other in others)]
+    first, *others = (_in_force(result) for result in done.values())
+    return [each for each in first if others and all(each in other for other in others)]
 
 
 def _own(result: dict[str, Any], alike: list[str]) -> list[str]:
-    return [override for override in result["overrides"] if override not in alike]
+    return [override for override in _in_force(result) if override not in alike]
+
+
+def _in_force(result: dict[str, Any]) -> list[str]:
+    """Return the overrides of a run, of each key the last one: what was typed when it was resumed comes last."""
+    last = {override.lstrip("+~").partition("=")[0]: override for override in result["overrides"]}
+    return list(last.values())
 
 
 def _scored_on(result: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import command
+from helpers import command, refused
 from tiny import configs
 from torch import nn
 
@@ -113,6 +113,21 @@ def test_a_network_whose_constructor_reads_values_is_trained_and_loaded(tmp_path
     saved = torch.load(result["checkpoint"], weights_only=True)["state_dict"]
     assert all(torch.equal(saved[f"density.{name}"], weight) for name, weight in model.state_dict().items())
     command("sample", f"ckpt={result['checkpoint']}", "sampler.n_per_class=1", f"run_dir={tmp_path}/samples")
+
+
+def test_a_network_of_a_package_that_is_trusted_is_trained_and_loaded(tmp_path, monkeypatch):
+    (tmp_path / "somebody.py").write_text(
+        "from pixelcnn_lit.models.pixelcnn import PixelCNN\nclass Net(PixelCNN): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    train = ["train", *TINY, *SMALL, "model._target_=somebody.Net", f"run_dir={tmp_path}/run"]
+    assert refused(*train).endswith("put PIXELCNN_LIT_TRUST=PACKAGE into the environment")
+    monkeypatch.setenv("PIXELCNN_LIT_TRUST", "others, somebody")
+    command(*train)
+    assert type(load(f"{tmp_path}/run").network).__module__ == "somebody"
+    monkeypatch.setenv("PIXELCNN_LIT_TRUST", "some")
+    with pytest.raises(UserError, match=r"somebody\.Net: not a Module"):
+        load(f"{tmp_path}/run")
 
 
 def test_a_classifier_whose_constructor_reads_values_is_trained_and_tested(tmp_path):

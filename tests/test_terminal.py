@@ -1,5 +1,6 @@
 """What is printed can be typed, in any encoding; what is typed arrives, or is answered with what to type."""
 
+import errno
 import io
 import json
 import os
@@ -347,3 +348,23 @@ def test_all_seconds_of_a_run_are_those_of_its_command_up_to_the_last_line(tmp_p
     assert capsys.readouterr().out.count("1100 s in all") == len(runs)
     command("train", f"ckpt={runs[0]}", "trainer.max_epochs=2")
     assert "2100 s in all" in capsys.readouterr().out  # its checkpoint was written before the first picture
+
+
+def test_output_that_nobody_reads_ends_no_program(capfd):
+    """As after `| head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        ended = subprocess.run([sys.executable, "-m", "pixelcnn_lit"], stdout=pipe)
+    assert ended.returncode == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_is_named_by_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as error:
+        atomic_write_text(tmp_path / "asked.txt", "x")
+    assert explain(error.value) == f"{tmp_path}/asked.txt: the disk is full; make room"

@@ -659,7 +659,7 @@ def test_the_table_of_a_sweep_of_classifiers_has_their_accuracies_best_first(tmp
 def test_choices_that_ran_with_the_same_seeds_are_compared_seed_by_seed(tmp_path, capsys):
     """By their validation: the test set selects nothing."""
     found = {("lr=1", "seed=0"): 3.0, ("lr=2", "seed=0"): 2.9, ("lr=3", "seed=0"): 2.0}
-    found |= {("lr=1", "seed=1"): 5.0, ("lr=2", "seed=1"): 4.7, ("lr=1", "seed=2"): 7.0}
+    found |= {("lr=1", "seed=1"): 5.0, ("lr=7", "seed=1", "lr=2"): 4.7, ("lr=1", "seed=2"): 7.0}  # one was resumed
     for n, (overrides, bpd) in enumerate(found.items()):
         leave_run(tmp_path / str(n), "train", ["model_size=tiny", *overrides], val_bpd=bpd, test_bpd=9.0)
     pixelcnn_lit.summarize.summarize(tmp_path)

@@ -1,12 +1,14 @@
 """From plain values to objects: find a `_target_`, check its values against its own annotations, call it.
 
 Targets come from yaml files and from checkpoints, and a checkpoint may be untrusted. So a target is never
-merely imported: it must be *defined* in one of HOMES, and be of the kind the caller asks for.
+merely imported: it must be *defined* in one of HOMES, or in a package that the user trusts, and be of the kind the
+caller asks for.
 """
 
 import contextlib
 import importlib
 import inspect
+import os
 import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_type_hints
@@ -15,6 +17,7 @@ from pixelcnn_lit.config.errors import UserError, suggest
 from pixelcnn_lit.config.schema import describe, matches
 
 HOMES = ("pixelcnn_lit.", "torch.optim.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
+TRUST = "PIXELCNN_LIT_TRUST"  # an environment variable: packages of the user's own, with commas between
 
 
 def resolve(target: object, kind: type) -> Callable[..., Any]:
@@ -24,21 +27,22 @@ def resolve(target: object, kind: type) -> Callable[..., Any]:
     (`torch.optim.adam.torch.os.system`).
     """
     module, _, name = str(target).rpartition(".")
-    refusal = UserError(f"_target_={target}: not a {kind.__name__} of {' or '.join(h.rstrip('.') for h in HOMES)}")
-    if not str(target).startswith(HOMES):
-        raise refusal
+    homes = *HOMES, *(f"{package.strip()}." for package in os.environ.get(TRUST, "").split(",") if package.strip())
+    refusal = f"_target_={target}: not a {kind.__name__} of {' or '.join(home.rstrip('.') for home in homes)}"
+    if not str(target).startswith(homes):
+        raise UserError(f"{refusal}; to trust a package of your own, put {TRUST}=PACKAGE into the environment")
     try:
         home = importlib.import_module(module)
     except ImportError:
-        raise refusal from None
+        raise UserError(refusal) from None
     found = getattr(home, name, None)
     known = [key for key, value in vars(home).items() if _is_of(kind, value)] if found is None else []
     if known:
         raise UserError(f"_target_={target}: there is no {name} in {module}; {suggest(name, known)}")
-    if found is None or found is kind or not f"{getattr(found, '__module__', '')}.".startswith(HOMES):
-        raise refusal
+    if found is None or found is kind or not f"{getattr(found, '__module__', '')}.".startswith(homes):
+        raise UserError(refusal)
     if not _is_of(kind, found):
-        raise refusal
+        raise UserError(refusal)
     return found
 
 

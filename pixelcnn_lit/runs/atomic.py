@@ -1,5 +1,6 @@
 """Files that are whole or absent."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ def atomic_write(target: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or UNFINISHED in str(error.filename):
+            error.filename = str(target)  # what was asked for, and not where it is written first
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

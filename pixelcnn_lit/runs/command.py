@@ -62,9 +62,10 @@ def run(name: str) -> None:
             main()
     except Exception as error:
         _end_sweep(name)
-        if isinstance(error, MissingConfigException) and error.options is None:  # as where a list is typed
+        if isinstance(error, MissingConfigException):
             group = CONF / (error.missing_cfg_file or "").rpartition("/")[0]
-            error.options = [path.stem for path in group.glob("*.yaml")]
+            within = [path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml")]
+            error.options = within or error.options  # those of a plugin are not in conf/
         line = explain(error, functools.partial(_settings, name))
         if debug or line is None:
             raise

@@ -1,6 +1,7 @@
-"""Output on a terminal, in any encoding."""
+"""Output on a terminal, in any encoding, or to a reader that may go away."""
 
 import io
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,36 @@ if TYPE_CHECKING:
 
 
 def print_what_can_be_printed() -> None:
-    """Let what the encoding of a stream cannot hold be replaced, where it would end the program with a traceback."""
+    """Let no output end the program: replace what the encoding of a stream cannot hold, drop what nobody reads."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
+    if type(sys.stdout) is io.TextIOWrapper:
+        own = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+        sys.stdout = Lasting(sys.stdout.detach(), line_buffering=sys.stdout.line_buffering, **own)
+
+
+class Lasting(io.TextIOWrapper):
+    """A stream that takes no harm where its reader is gone, as that of `| head` is: a training goes on unseen."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            return self._drop()
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._drop()
+
+    def _drop(self) -> int:
+        """Let all that follows go nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        return 0
 
 
 def progress(*iterable: Any, **own: object) -> "tqdm":
