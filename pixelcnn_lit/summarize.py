@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from pixelcnn_lit.runs.help import page
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.saved import CONFIG
-from pixelcnn_lit.runs.terminal import print_what_can_be_printed
+from pixelcnn_lit.runs.terminal import print_for_whom_may_leave, print_what_can_be_printed
 
 FIGURES = ("bpd", "accuracy")  # of density models, of classifiers
 LEFT_OUT = ("nll", "bpd_standard_error", "nats_per_image", "loss", "images", "fingerprint")  # of those of a validation
@@ -174,4 +174,5 @@ def _state(job: Path) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
+    print_for_whom_may_leave()
     main()

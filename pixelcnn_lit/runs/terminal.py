@@ -10,17 +10,24 @@ if TYPE_CHECKING:
 
 
 def print_what_can_be_printed() -> None:
-    """Let no output end the program: replace what the encoding of a stream cannot hold, drop what nobody reads."""
+    """Let what the encoding of a stream cannot hold be replaced, where it would end the program with a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
+
+
+def print_for_whom_may_leave() -> None:
+    """Let the program live on when the reader of its output is gone, as that of `| head` is: a training is not lost.
+
+    For a process of its own: whoever holds the stdout of before can no longer print.
+    """
     if type(sys.stdout) is io.TextIOWrapper:
         own = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
         sys.stdout = Lasting(sys.stdout.detach(), line_buffering=sys.stdout.line_buffering, **own)
 
 
 class Lasting(io.TextIOWrapper):
-    """A stream that takes no harm where its reader is gone, as that of `| head` is: a training goes on unseen."""
+    """A stream that drops what nobody reads."""
 
     def write(self, text: str) -> int:
         try:
