@@ -54,8 +54,8 @@ ONE_STEP = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks.
 
 TYPOS = [
     ("dataset=foo", "there is no such dataset; choose from: arrays, cifar10, cifar100, digits"),
-    ("classes=[3,", "classes=[3,: ends too soon; type it without spaces, as in classes=[a,b]"),
-    ("optimizer.lr=2e-3,", "optimizer.lr=2e-3,: ends too soon; type it without spaces, as in optimizer.lr=a,b"),
+    ("classes=[3,", "classes=[3,: ends too soon for a list; type classes=[a,b] without spaces, or"),
+    ("optimizer.lr=2e-3,", "optimizer.lr=2e-3,: ends too soon for a list; type optimizer.lr=a,b without spaces, or"),
     ("optimizer.learning_rate=1", "optimizer.learning_rate: there is no such setting; choose from: _target_"),
     ("--lr=3", "--lr=3: no such option; type settings as key=value"),
     ("dataset.path=x.npz", "dataset.path: this dataset has no such setting; type dataset=NAME, too"),

@@ -195,7 +195,8 @@ def _not_an_override(override: str, settings: Mapping[str, Any]) -> str:
         return f"{override}: not an override; type {' or '.join(likely) or 'key=value'}, without spaces"
     if value.endswith(",") or (value.startswith("[") and not value.endswith("]")):
         example = f"{key}=[a,b]" if value.startswith("[") else f"{key}=a,b"
-        return printable(f"{override}: ends too soon; type it without spaces, as in {example}")
+        ways = f"{example} without spaces, or {_in_quotes(key, value)} for one text"
+        return printable(f"{override}: ends too soon for a list; type {ways}")
     if read(f"{key}={quoted(value)}") != value:
         return f"{override}: not an override; type key=value"
     if value[:1] + value[-1:] in ("[]", "{}"):
