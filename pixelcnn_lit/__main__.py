@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from pixelcnn_lit.runs.help import column_of, docstring, section, table, typed_as
 from pixelcnn_lit.runs.signals import exit_on_signals
-from pixelcnn_lit.runs.terminal import print_for_whom_may_leave, print_what_can_be_printed
+from pixelcnn_lit.runs.terminal import print_what_can_be_printed, survive_closed_pipes
 
 COMMANDS = {
     "Use a trained model": ["sample", "complete", "compress", "decompress", "export"],
@@ -21,7 +21,7 @@ def main() -> None:
     match sys.argv[1:]:
         case [] | ["help" | "--help" | "-h"]:
             print_what_can_be_printed()
-            print_for_whom_may_leave()
+            survive_closed_pipes()
             print(overview())
         case ["--version"]:
             print(version("pixelcnn_lit"))

@@ -8,7 +8,6 @@ if __name__ == "__main__":
 import io
 from pathlib import Path
 from typing import Annotated, Any
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -106,7 +105,7 @@ def read_npz(path: str, n_images: int | None, levels: int, dtype: torch.dtype) -
         with np.load(path) as content:
             x, y = content["images"], content.get("labels")
     except Exception as error:  # zip and numpy name their troubles in a dozen classes
-        if not is_zipfile(path):
+        if Path(path).suffix.lower() != ".npz":
             raise UserError(f"images={path}: no npz; of pictures type the folder that they are in") from error
         raise UserError(f"images={path}: no npz with `images` and perhaps `labels` ({first_line(error)})") from error
     labels = y is None or (y.shape == x.shape[:1] and y.dtype.kind in "iu")

@@ -7,14 +7,13 @@ The directory is that of a sweep, or any that holds runs. Those without a result
 "seconds" are those of a whole run, from its start to its test.
 
 Where a sweep repeats each choice of settings with several seeds, each is compared with the first, seed by seed: the
-mean of the differences, and its standard error. They are those of the validation, where there is one.
+mean of the differences of the validation, and its standard error.
 """
 
 import json
 import shlex
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from omegaconf import OmegaConf
 from pixelcnn_lit.runs.help import page
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.saved import CONFIG
-from pixelcnn_lit.runs.terminal import print_for_whom_may_leave, print_what_can_be_printed
+from pixelcnn_lit.runs.terminal import print_what_can_be_printed, survive_closed_pipes
 
 FIGURES = ("bpd", "accuracy")  # of density models, of classifiers
 LEFT_OUT = ("nll", "bpd_standard_error", "nats_per_image", "loss", "images", "fingerprint")  # of those of a validation
@@ -87,24 +86,29 @@ def _table(done: dict[Path, dict[str, Any]], figure: str) -> None:
 
 
 def _pairs(done: dict[Path, dict[str, Any]], figure: str) -> None:
-    """Print how each choice of settings differs from the first one, where both ran with the same two seeds or more."""
-    column = f"val/{figure}" if all(f"val/{figure}" in result for result in done.values()) else f"test/{figure}"
+    """Print how each choice of settings differs from the first one, where both ran with the same seeds, three or more.
+
+    By the validation alone: the test set selects nothing.
+    """
     alike = _alike(done)
-    by_choice: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    by_label: dict[str, dict[tuple[str, ...], dict[str, float]]] = {}
     for result in done.values():
-        own = _own(result, alike)
-        choice = tuple(override for override in own if not override.startswith("seed="))
-        by_choice[_scored_on(result), *choice][shlex.join(sorted(set(own) - set(choice)))] = result[column]
-    (first_on, *first), seeds = next(iter(by_choice.items()))
-    for (scored_on, *choice), others in list(by_choice.items())[1:]:
-        common = seeds.keys() & others.keys()
-        if scored_on == first_on and len(common) > 1:
-            differences = [others[seed] - seeds[seed] for seed in common]
-            error = statistics.stdev(differences) / len(differences) ** 0.5
-            print(
-                f"{column}, {len(common)} pairs by seed: {statistics.mean(differences):+.4f} ± {error:.4f} with "
-                f"{shlex.join(choice) or 'nothing more'} than with {shlex.join(first) or 'nothing more'}"
-            )
+        if f"val/{figure}" in result:
+            own = _own(result, alike)
+            choice = tuple(sorted(override for override in own if not override.startswith("seed=")))
+            seed = next((override for override in own if override.startswith("seed=")), "")
+            by_label.setdefault(_scored_on(result), {}).setdefault(choice, {})[seed] = result[f"val/{figure}"]
+    for by_choice in by_label.values():
+        first, *others = by_choice
+        for choice in others:
+            common = by_choice[first].keys() & by_choice[choice].keys()
+            differences = [by_choice[choice][seed] - by_choice[first][seed] for seed in common]
+            if len(differences) >= 3:
+                mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+                print(
+                    f"val/{figure}, {len(differences)} pairs by seed: {mean:+.4f} ± {error:.4f} "
+                    f"with {shlex.join(choice) or 'nothing more'} than with {shlex.join(first) or 'nothing more'}"
+                )
 
 
 def _alike(done: dict[Path, dict[str, Any]]) -> list[str]:
@@ -174,5 +178,5 @@ def _state(job: Path) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    print_for_whom_may_leave()
+    survive_closed_pipes()
     main()

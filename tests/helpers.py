@@ -57,6 +57,16 @@ def one_run(directory: Path, *overrides: str) -> dict:
     return json.loads((directory / "result.json").read_text())
 
 
+def leave_run(job: Path, command: str, overrides: list[str], **figures: float) -> None:
+    """Make the directory of a run that is over, as `summarize` finds it; val_bpd is its "val/bpd"."""
+    (job / "hydra").mkdir(parents=True)
+    (job / "hydra" / "hydra.yaml").write_text(f"hydra: {{job: {{config_name: {command}}}}}")
+    result = {"label": "digits", "overrides": overrides, "val/images": 9, "test/images": 9}
+    result |= {"n_params": 1, "images_per_second": 1.0, "seconds": 1.0}
+    result |= {name.replace("_", "/"): value for name, value in figures.items()}
+    (job / "result.json").write_text(json.dumps(result))
+
+
 class Killed(Exception):
     """Nothing is saved when it strikes, as nothing is at a SIGKILL."""
 

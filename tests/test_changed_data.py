@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers import command
 
+from pixelcnn_lit.runs.saved import with_dataset_of_run
+
 TINY = ["trainer=cpu", "trainer.max_epochs=1", "trainer.log_every_n_steps=1", "dataset.num_workers=0"]
 MODEL = ["model.hidden_channels=4", "model.n_residual=1", "sampler.n_per_class=1"]
 JUDGE = ["classifier.width=8", "classifier.n_residual=1"]
@@ -73,6 +75,37 @@ def test_a_run_does_not_resume_on_other_images(trained, capsys):
     file.rename(file.with_name("moved.npz"))  # the same images elsewhere
     command(name, *again, f"dataset.path={file.with_name('moved.npz')}")
     assert json.loads((run / "result.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words", "chosen"),
+    [
+        (["dataset=npz"], ["run_dir=RUN", "ckpt=last", "dataset.path=x"], ["dataset=npz"]),
+        (["+experiment=codes"], ["--multirun", "dataset.root=x", "ckpt=RUN"], ["+experiment=codes"]),
+        (
+            ["experiment=mnist/cpu", "seed=1"],
+            ["ckpt=RUN/checkpoints/last.ckpt", "dataset.root=x"],
+            ["experiment=mnist/cpu"],
+        ),
+        (["dataset=npz"], ["ckpt=RUN", "dataset=arrays", "dataset.path=x"], []),
+        (["dataset=npz"], ["ckpt=RUN", "trainer.max_epochs=3"], []),
+        (["dataset=npz"], ["run_dir=RUN", "dataset.path=x"], []),  # a new run
+        (["dataset=../../../evil", "dataset=/evil", "dataset=none", 5], ["ckpt=RUN", "dataset.path=x"], []),
+        (5, ["ckpt=RUN", "dataset.path=x"], []),
+        ("damaged", ["ckpt=RUN", "dataset.path=x"], []),
+    ],
+)
+def test_where_only_the_place_of_the_data_is_typed_the_run_tells_which_dataset_it_is(
+    tmp_path, overrides, words, chosen
+):
+    content = b"\xff: [" if overrides == "damaged" else json.dumps({"overrides": overrides}).encode()
+    (tmp_path / "config.yaml").write_bytes(content)
+    words = [word.replace("RUN", str(tmp_path)) for word in words]
+    found = with_dataset_of_run(words)
+    assert [word for word in found if word not in words] == chosen
+    assert [word for word in found if word not in chosen] == words
+    if chosen:
+        assert found[found.index(chosen[0]) + 1].startswith("ckpt=")
 
 
 @pytest.mark.parametrize("kept", [None, *(pytest.param(kept, marks=pytest.mark.long) for kept in (3, {"other": "x"}))])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import check_no_future, check_receptive_field, make
 
+from pixelcnn_lit.models.causal_unet import CausalUNet
 from pixelcnn_lit.nn.wavefronts import steps
 
 BOTH = pytest.mark.parametrize("network", ["pixelcnn_pp", "causal_unet"])
@@ -20,6 +21,13 @@ def test_no_stage_sees_the_future(network, n_residual):
 @pytest.mark.parametrize("n_residual", [1, 3, 13])
 def test_the_receptive_field_is_what_is_seen(network, n_residual):
     check_receptive_field(make(network, "categorical", (1, 7, 7), levels=17, n_residual=n_residual))
+
+
+@pytest.mark.parametrize(("size", "most"), [((9, 4), 0), ((28, 28), 136), ((32, 32), 160)])
+def test_the_causal_unet_misses_as_many_pixels_as_it_says(size, most):
+    net = CausalUNet(size, 1, 1, 1, hidden_channels=1, n_residual=6)
+    places = torch.cartesian_prod(*(torch.arange(n) for n in size)).tolist()
+    assert max(i * size[1] + j - int(net.receptive_field(i, j).sum()) for i, j in places) == most
 
 
 @pytest.mark.parametrize("n_residual", [2, 5, 6])

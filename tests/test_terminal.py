@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import command
+from helpers import command, leave_run
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.fabric.strategies.launchers.subprocess_script import _hydra_subprocess_cmd
@@ -350,12 +350,16 @@ def test_all_seconds_of_a_run_are_those_of_its_command_up_to_the_last_line(tmp_p
     assert "2100 s in all" in capsys.readouterr().out  # its checkpoint was written before the first picture
 
 
-def test_output_that_nobody_reads_ends_no_program(capfd):
+@pytest.mark.parametrize(
+    "typed", [["pixelcnn_lit"], ["pixelcnn_lit.sample", "--help"], ["pixelcnn_lit.summarize", "."]]
+)
+def test_output_that_nobody_reads_ends_no_program(tmp_path, capfd, typed):
     """As after `| head -1`."""
+    leave_run(tmp_path, "train", [], val_bpd=1.0, test_bpd=1.0)
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as pipe:
-        ended = subprocess.run([sys.executable, "-m", "pixelcnn_lit"], stdout=pipe)
+        ended = subprocess.run([sys.executable, "-m", *typed], stdout=pipe, cwd=tmp_path)
     assert ended.returncode == 0
     assert capfd.readouterr().err == ""
 

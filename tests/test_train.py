@@ -16,7 +16,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, archive, command, one_run, save_npz
+from helpers import TINY, archive, command, leave_run, one_run, save_npz
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -638,15 +638,6 @@ def test_a_sweep_leaves_a_table_and_names_its_failed_jobs(tmp_path, monkeypatch,
     assert "model.n_residual=-1: must be a whole number >= 1" in table
 
 
-def leave_run(job: Path, command: str, overrides: list[str], **figures: float) -> None:
-    (job / "hydra").mkdir(parents=True)
-    (job / "hydra" / "hydra.yaml").write_text(f"hydra: {{job: {{config_name: {command}}}}}")
-    result = {"label": "digits", "overrides": overrides, "val/images": 9, "test/images": 9}
-    result |= {"n_params": 1, "images_per_second": 1.0, "seconds": 1.0}
-    result |= {name.replace("_", "/"): value for name, value in figures.items()}
-    (job / "result.json").write_text(json.dumps(result))
-
-
 def test_the_table_of_a_sweep_of_classifiers_has_their_accuracies_best_first(tmp_path, capsys):
     for name, accuracy in (("a", 0.8), ("b", 0.9)):
         leave_run(tmp_path / name, "train_classifier", [name], val_accuracy=accuracy, test_accuracy=accuracy)
@@ -659,12 +650,13 @@ def test_the_table_of_a_sweep_of_classifiers_has_their_accuracies_best_first(tmp
 def test_choices_that_ran_with_the_same_seeds_are_compared_seed_by_seed(tmp_path, capsys):
     """By their validation: the test set selects nothing."""
     found = {("lr=1", "seed=0"): 3.0, ("lr=2", "seed=0"): 2.9, ("lr=3", "seed=0"): 2.0}
-    found |= {("lr=1", "seed=1"): 5.0, ("lr=7", "seed=1", "lr=2"): 4.7, ("lr=1", "seed=2"): 7.0}  # one was resumed
+    found |= {("lr=1", "seed=1"): 5.0, ("lr=7", "seed=1", "lr=2"): 4.7}  # the last was resumed
+    found |= {("lr=1", "seed=2"): 7.0, ("lr=2", "seed=2"): 6.8, ("lr=1", "seed=3"): 7.0}
     for n, (overrides, bpd) in enumerate(found.items()):
         leave_run(tmp_path / str(n), "train", ["model_size=tiny", *overrides], val_bpd=bpd, test_bpd=9.0)
     pixelcnn_lit.summarize.summarize(tmp_path)
     pairs = [line for line in capsys.readouterr().out.splitlines() if "pairs by seed" in line]
-    assert pairs == ["val/bpd, 2 pairs by seed: -0.2000 ± 0.1000 with lr=2 than with lr=1"]
+    assert pairs == ["val/bpd, 3 pairs by seed: -0.2000 ± 0.0577 with lr=2 than with lr=1"]
 
 
 def test_the_training_loss_of_an_epoch_does_not_depend_on_accumulation(tmp_path):

@@ -68,7 +68,9 @@ def parse(model: Density, content: bytes, where: str) -> tuple[Header, bytes]:
     if crc != zlib.crc32(content[:end]) or checked != (header.payload_bytes, header.payload_crc) or len(payload) % 4:
         raise damaged
     if header.weights != model_digest(model):
-        raise UserError(f"{where}: written with another model, or before its run trained on; type the ckpt of then")
+        raise UserError(
+            f"{where}: written with another model, or before its run trained on; type the ckpt of that time"
+        )
     # The rest is untrusted: checksums can be computed. No image takes fewer bits than if every level but one had the
     # least weight; half of that, for what the range coder rounds.
     surest = math.log2(1 - (model.levels - 1) / 2**BITS)

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_type_hints
 
-from pixelcnn_lit.config.errors import UserError, suggest
+from pixelcnn_lit.config.errors import UserError, first_line, suggest
 from pixelcnn_lit.config.schema import describe, matches
 
 HOMES = ("pixelcnn_lit.", "torch.optim.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
@@ -27,14 +27,15 @@ def resolve(target: object, kind: type) -> Callable[..., Any]:
     (`torch.optim.adam.torch.os.system`).
     """
     module, _, name = str(target).rpartition(".")
-    homes = *HOMES, *(f"{package.strip()}." for package in os.environ.get(TRUST, "").split(",") if package.strip())
+    homes = *HOMES, *trusted()
     refusal = f"_target_={target}: not a {kind.__name__} of {' or '.join(home.rstrip('.') for home in homes)}"
     if not str(target).startswith(homes):
         raise UserError(f"{refusal}; to trust a package of your own, put {TRUST}=PACKAGE into the environment")
     try:
         home = importlib.import_module(module)
-    except ImportError:
-        raise UserError(refusal) from None
+    except ImportError as error:
+        cause = f" ({first_line(error)}; is it on PYTHONPATH?)" if str(target).startswith(trusted()) else ""
+        raise UserError(refusal + cause) from None
     found = getattr(home, name, None)
     known = [key for key, value in vars(home).items() if _is_of(kind, value)] if found is None else []
     if known:
@@ -44,6 +45,11 @@ def resolve(target: object, kind: type) -> Callable[..., Any]:
     if not _is_of(kind, found):
         raise UserError(refusal)
     return found
+
+
+def trusted() -> tuple[str, ...]:
+    """Return the packages of the user's own that a file may name, with a dot behind each."""
+    return tuple(f"{package.strip()}." for package in os.environ.get(TRUST, "").split(",") if package.strip())
 
 
 def _is_of(kind: type, found: object) -> bool:
@@ -64,7 +70,7 @@ def build(where: str, config: Mapping[str, Any], kind: type, **facts: object) ->
     except UserError:
         raise
     except Exception as error:
-        if target.__module__.startswith(HOMES[0]) and not isinstance(error, ValueError):
+        if f"{target.__module__}.".startswith((HOMES[0], *trusted())) and not isinstance(error, ValueError):
             raise  # a fault of the program; a library has many words for a value that it does not take
         raise UserError(f"{where}: {error}") from error
 

@@ -49,7 +49,10 @@ class Categorical(nn.Module):
                 parametrize.register_parametrization(module, "weight", OrdinalRows(levels))
 
     def channel_logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
-        """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32."""
+        """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32.
+
+        In training mode those of bf16 features are rounded to bf16 before they are normalised.
+        """
         return self._levels_last(features, x, c).movedim(-1, 1)
 
     def log_prob(self, features: Tensor, x: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ class Categorical(nn.Module):
             if self.has_head:
                 head = self.heads[c]
                 assert isinstance(head, nn.Linear)
-                # In training the product is of the precision of the features: some 6 % less time for a small network.
-                low = features.dtype if self.training else h.dtype
+                # Where a CPU has AMX, some 6 % less time for a step of a small network.
+                low = torch.bfloat16 if self.training and features.dtype == torch.bfloat16 else h.dtype
                 h = F.linear(F.relu(h).to(low), head.weight.to(low), head.bias.to(low)).to(h.dtype)
             return h.log_softmax(-1)

@@ -197,9 +197,14 @@ class RasterState:
 
     def begin(self, at: At) -> None:
         """Come to a pixel: at position 0 all is forgotten; where a row begins, what was the current one is above."""
-        every: list[Resettable] = [*self.caches, *self.others] if at.column == 0 else []
+        if at.column:
+            return
+        every: list[Resettable] = [*self.caches, *self.others]
         for cache in every:
-            cache.new_row() if at.position else cache.reset()
+            if at.position:
+                cache.new_row()
+            else:
+                cache.reset()
 
 
 class WavefrontCache(TapsCache):

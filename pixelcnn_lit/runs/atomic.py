@@ -25,7 +25,8 @@ def atomic_write(target: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(unfinished, target)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or UNFINISHED in str(error.filename):
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or str(error.filename) == str(unfinished):
             error.filename = str(target)  # what was asked for, and not where it is written first
         raise
     finally:

@@ -26,7 +26,7 @@ from pixelcnn_lit.runs.help import page
 from pixelcnn_lit.runs.memory import keep_freed_memory
 from pixelcnn_lit.runs.places import CONF
 from pixelcnn_lit.runs.run_dir import expanded, relative, run_dir, start_clock, typed
-from pixelcnn_lit.runs.saved import checkpoint_file, dataset_of_run
+from pixelcnn_lit.runs.saved import checkpoint_file, with_dataset_of_run
 from pixelcnn_lit.runs.signals import raise_on_signals
 from pixelcnn_lit.runs.sweep import sweep_directory
 from pixelcnn_lit.runs.terminal import print_what_can_be_printed
@@ -50,22 +50,23 @@ def run(name: str) -> None:
     """
     start_clock()
     sys.argv[1:] = [_home_in_quotes(word) for word in sys.argv[1:]]
-    if name in TRAINING:
-        sys.argv[1:1] = dataset_of_run(sys.argv[1:])
     debug = "debug=true" in sys.argv or os.environ.get(FULL_ERROR) == "1"
     job: Any = functools.partial(_job, name, debug)  # which the launcher of a sweep can send to another process
     job.__module__ = f"pixelcnn_lit.{name}"  # from which Hydra takes the name of the job
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)
     try:
         _refuse_options(sys.argv[1:])
+        if name in TRAINING:
+            sys.argv[1:] = with_dataset_of_run(sys.argv[1:])
         with patch.dict(os.environ, {FULL_ERROR: "1"}):
             main()
     except Exception as error:
         _end_sweep(name)
         if isinstance(error, MissingConfigException):
             group = CONF / (error.missing_cfg_file or "").rpartition("/")[0]
-            within = [path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml")]
-            error.options = within or error.options  # those of a plugin are not in conf/
+            within: list[str] = [path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml")]
+            elsewhere: Any = error.options or []  # those of plugins, or of --config-dir
+            error.options = sorted({*within, *elsewhere})
         line = explain(error, functools.partial(_settings, name))
         if debug or line is None:
             raise
@@ -76,8 +77,10 @@ def run(name: str) -> None:
 def _refuse_options(words: list[str]) -> None:
     """Raise UserError where one is an option that Hydra does not know: it would print a page of those that it does."""
     _, unknown = get_args_parser().parse_known_args(words)
-    if unknown:
+    if unknown and unknown[0].startswith("-"):
         raise UserError(f"{unknown[0]}: no such option; type settings as key=value (--help lists them)")
+    if unknown:
+        raise UserError(f"{unknown[0]}: stands behind an option that others stand before; type options first")
 
 
 def _end_sweep(name: str) -> None:

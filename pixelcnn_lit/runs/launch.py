@@ -13,8 +13,8 @@ def launch(name: str) -> None:
     """
     exit_on_signals()
     from pixelcnn_lit.runs.command import run
-    from pixelcnn_lit.runs.terminal import print_for_whom_may_leave, print_what_can_be_printed
+    from pixelcnn_lit.runs.terminal import print_what_can_be_printed, survive_closed_pipes
 
     print_what_can_be_printed()
-    print_for_whom_may_leave()
+    survive_closed_pipes()
     sys.exit(run(name))

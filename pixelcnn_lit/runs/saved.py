@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -36,7 +37,7 @@ LOGGERS = {
     "pixelcnn_lit.training.loggers.CSVLogger": set(),
     "lightning.pytorch.loggers.WandbLogger": {"project", "name", "id", "offline", "tags"},
 }
-CHOICES = ("dataset", "experiment")  # of what chooses a dataset
+DATASET_GROUPS = ("dataset", "experiment")  # groups whose choice decides which dataset it is
 PLACES = ("dataset.root", "dataset.path")
 MAY_CHANGE_ON_RESUME = ("trainer.", "callbacks.", *PLACES, "threads")
 
@@ -80,27 +81,36 @@ def checkpoint_file(ckpt: str, setting: str = "ckpt") -> Path:
 
 def data_places(ckpt: str) -> dict[str, str]:
     """Return dataset.root and dataset.path of a checkpoint's run, whose data may have moved since it was written."""
-    try:
-        config: Any = OmegaConf.load(checkpoint_file(ckpt).absolute().parent.parent / CONFIG)
-        dataset = config.get("dataset")
-        return {key: dataset[key] for key in ("root", "path") if isinstance(dataset.get(key), str)}
-    except (OSError, ValueError, AttributeError, OmegaConfBaseException, YAMLError):
-        return {}  # it lies beside no run, or beside what is none
+    dataset = _config_of(checkpoint_file(ckpt).absolute().parent.parent).get("dataset")
+    places = dataset if isinstance(dataset, dict) else {}
+    return {key: places[key] for key in ("root", "path") if isinstance(places.get(key), str)}
 
 
-def dataset_of_run(words: Sequence[str]) -> list[str]:
-    """Return what chose the dataset of the run that is resumed, where only the new place of its data is typed."""
-    typed = {key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)}
-    run = Path(expanded(typed.get("run_dir") or typed.get("ckpt") or ""))
-    directory = run.parent.parent if run.is_file() else run
-    moved = "ckpt" in typed and not typed.keys().isdisjoint(PLACES) and typed.keys().isdisjoint(CHOICES)
-    if not moved or not (directory / CONFIG).is_file():
-        return []
+def _config_of(directory: Path) -> dict[Any, Any]:
+    """Return the settings in a run's directory as they stand there; none where it is no run, or a damaged one."""
     try:
-        config: Any = OmegaConf.load(directory / CONFIG)
-        return [word for word in config.get("overrides") or () if str(word).lstrip("+").partition("=")[0] in CHOICES]
-    except (OSError, OmegaConfBaseException, YAMLError):
-        return []
+        config = OmegaConf.to_container(OmegaConf.load(directory / CONFIG), resolve=False)
+        return config if isinstance(config, dict) else {}
+    except (OSError, ValueError, RecursionError, OmegaConfBaseException, YAMLError):
+        return {}
+
+
+def with_dataset_of_run(words: Sequence[str]) -> list[str]:
+    """Return what was typed, and what chose the dataset of the run that is resumed if only the data's place is typed.
+
+    The run may be somebody else's: a choice is one of conf/, and nothing that leads out of it.
+    """
+    given = {key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)}
+    moved = "ckpt" in given and not given.keys().isdisjoint(PLACES) and given.keys().isdisjoint(DATASET_GROUPS)
+    if not moved:
+        return list(words)
+    run = Path(expanded(given.get("run_dir") or given["ckpt"]))
+    overrides = _config_of(run if run.suffix != ".ckpt" else run.parent.parent).get("overrides")
+    saved = overrides if isinstance(overrides, list) else []
+    choices = [re.fullmatch(rf"\+?({'|'.join(DATASET_GROUPS)})=([\w/]+)", str(word)) for word in saved]
+    known = [choice[0] for choice in choices if choice and (CONF / choice[1] / f"{choice[2]}.yaml").is_file()]
+    place = next(n for n, word in enumerate(words) if word.startswith("ckpt="))
+    return [*words[:place], *known, *words[place:]]
 
 
 def last_checkpoint(directory: Path) -> Path:
@@ -175,7 +185,8 @@ def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
     if changes:
         both = [*saved["overrides"], *changes]
         saved = _changed(saved, before, _composed(both), _composed(both, resolve=True))
-        saved["overrides"] += [override for override in changes if override not in saved["overrides"]]
+        earlier = [override for override in saved["overrides"] if override not in changes]
+        saved["overrides"] = [*earlier, *changes]  # of one key the last counts
     return saved
 
 

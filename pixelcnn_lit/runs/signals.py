@@ -62,14 +62,15 @@ def note_signals() -> None:
 
 @contextlib.contextmanager
 def postpone_signals() -> Iterator[None]:
-    """A signal is noted, and raises Stopped at the end."""
+    """A signal is noted; where it would have raised Stopped, it does so at the end."""
     global _answer
-    answer, _answer = _answer, _note
+    answer, _answer = _answer, _postpone
     try:
         yield
     finally:
         _answer = answer
-    stop_if_noted()
+    if answer is _raise:
+        stop_if_noted()
 
 
 def outlive_signals(worker: int = 0) -> None:
@@ -99,6 +100,11 @@ def _note(signum: int) -> None:
     global _noted
     if _noted and signum == signal.SIGINT:  # somebody is in a hurry, as Slurm is not when SIGTERM follows SIGUSR1
         _exit(signum)
+    _noted = _noted or signum
+
+
+def _postpone(signum: int) -> None:
+    global _noted
     _noted = _noted or signum
 
 

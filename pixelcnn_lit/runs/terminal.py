@@ -1,5 +1,6 @@
 """Output on a terminal, in any encoding, or to a reader that may go away."""
 
+import errno
 import io
 import os
 import sys
@@ -16,33 +17,34 @@ def print_what_can_be_printed() -> None:
             stream.reconfigure(errors="replace")
 
 
-def print_for_whom_may_leave() -> None:
-    """Let the program live on when the reader of its output is gone, as that of `| head` is: a training is not lost.
+def survive_closed_pipes() -> None:
+    """Let the program live on when the reader of its output is gone, as that of `| head` is: a training is not lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper:
+            same = {key: getattr(stream, key) for key in ("encoding", "errors", "line_buffering", "write_through")}
+            setattr(sys, name, PipeSafe(stream.buffer, **same))
 
-    For a process of its own: whoever holds the stdout of before can no longer print.
-    """
-    if type(sys.stdout) is io.TextIOWrapper:
-        own = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
-        sys.stdout = Lasting(sys.stdout.detach(), line_buffering=sys.stdout.line_buffering, **own)
 
-
-class Lasting(io.TextIOWrapper):
+class PipeSafe(io.TextIOWrapper):
     """A stream that drops what nobody reads."""
 
     def write(self, text: str) -> int:
         try:
             return super().write(text)
-        except BrokenPipeError:
-            return self._drop()
+        except OSError as error:
+            return self._drop(error)
 
     def flush(self) -> None:
         try:
             super().flush()
-        except BrokenPipeError:
-            self._drop()
+        except OSError as error:
+            self._drop(error)
 
-    def _drop(self) -> int:
-        """Let all that follows go nowhere."""
+    def _drop(self, error: OSError) -> int:
+        """Let all that follows go nowhere. Raises any other error than that of a closed pipe."""
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # the second on Windows
+            raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
