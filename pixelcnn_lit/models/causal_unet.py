@@ -178,8 +178,9 @@ class ResolutionStepper:
             self.attention = SelfAttentionStepper(resolution.attention, len(y), resolution.size)
         else:
             self.shrink = resolution.shrink.cache(state)
-            self.grow_bias = resolution.grow.bias
+            assert resolution.grow.bias is not None
             self.grow = resolution.grow.matrix()
+            self.grow_bias = resolution.grow.bias.repeat(4)
             coarse_width = (state.width + 1) // 2
             self.coarser = ResolutionStepper(resolution.coarser, y, RasterState(len(y), coarse_width))
             # What the four pixels of each coarse column read.
@@ -197,8 +198,8 @@ class ResolutionStepper:
             if (at.row % 2, at.column % 2) == (0, 0):
                 self.coarser.state.begin(at.coarser())
                 coarse = self.coarser.step(self.shrink.output(at), at.coarser())
-                torch.mm(coarse, self.grow, out=self.grown[at.column // 2].flatten(1))
-            x.add_(self.grown[at.column // 2, :, at.row % 2, at.column % 2]).add_(self.grow_bias)
+                torch.addmm(self.grow_bias, coarse, self.grow, out=self.grown[at.column // 2].flatten(1))
+            x.add_(self.grown[at.column // 2, :, at.row % 2, at.column % 2])
         for block in self.up:
             x = block.step(x, at)
         return x
