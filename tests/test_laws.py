@@ -178,7 +178,7 @@ def test_masked_weights_never_leave_zero(mask_type):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(network):
-    model = make(network, "categorical", (1, 7, 7), levels=17, n_residual=12)
+    model = make(network, "categorical", (1, 7, 7), levels=17, n_residual=6)
     set_dropout(model.train(), 0.5)
     again = copy.deepcopy(model)
     if not checkpoint_blocks(again):

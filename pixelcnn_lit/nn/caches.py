@@ -191,20 +191,15 @@ class RasterState:
 
     def advance(self, previous: Tensor, at: At) -> None:
         """Take in `previous`, the pixel before `at`, [B,E]. At position 0 there is none, and all is forgotten."""
-        if at.position:
-            self.caches[0].write_previous(previous, at)
-        self.begin(at)
-
-    def begin(self, at: At) -> None:
-        """Come to a pixel: at position 0 all is forgotten; where a row begins, what was the current one is above."""
-        if at.column:
-            return
         every: list[Resettable] = [*self.caches, *self.others]
-        for cache in every:
-            if at.position:
-                cache.new_row()
-            else:
+        if at.position == 0:
+            for cache in every:
                 cache.reset()
+            return
+        self.caches[0].write_previous(previous, at)
+        if at.column == 0:
+            for cache in every:
+                cache.new_row()
 
 
 class WavefrontCache(TapsCache):

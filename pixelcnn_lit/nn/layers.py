@@ -29,8 +29,7 @@ class CausalConv2d(nn.Module):
 
     Mask A leaves the pixels before the current one in raster order, B also the current one. The kernel rows below the
     centre, dead under either mask, do not exist: the weight is [out, in, k//2+1, k]. The mask multiplies the weight
-    in each forward, so masked weights get no gradient and stay the zeros they began as. Output (I, J) stands at input
-    (stride I, stride J).
+    in each forward, so masked weights get no gradient and stay the zeros they began as.
 
     Example:
         >>> CausalConv2d(3, 8, kernel_size=5, mask_type="A").mask[0, 0]
@@ -41,11 +40,8 @@ class CausalConv2d(nn.Module):
 
     mask: Tensor
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, mask_type: Literal["A", "B"], stride: int = 1
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, mask_type: Literal["A", "B"]) -> None:
         super().__init__()
-        self.stride = stride
         self.rows = kernel_size // 2 + 1
         self.side = kernel_size // 2
         mask = torch.ones(1, 1, self.rows, kernel_size)
@@ -60,9 +56,9 @@ class CausalConv2d(nn.Module):
             self.weight.mul_(mask)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,in,H,W] -> [B,out,⌈H/stride⌉,⌈W/stride⌉]."""
+        """[B,in,H,W] -> [B,out,H,W]."""
         padded = F.pad(x, (0, 0, self.rows - 1, 0))  # above alone: conv2d's own padding would add rows below, too
-        return F.conv2d(padded, self.weight * self.mask, self.bias, self.stride, padding=(0, self.side))
+        return F.conv2d(padded, self.weight * self.mask, self.bias, padding=(0, self.side))
 
     def cache(
         self, state: State[Cache], before: nn.LayerNorm | None = None, after: nn.BatchNorm2d | None = None
@@ -70,12 +66,10 @@ class CausalConv2d(nn.Module):
         """Return what computes this convolution step by step, with the norms `before` and `after` it."""
         return state.cache(Convolution(self.weight * self.mask, self.bias, self.mask, before, after))
 
-    def receptive_field(self, seen: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
-        """Return the inputs, bool [H,W] of `size`, or that of `seen`, that the outputs in `seen` are computed from."""
+    def receptive_field(self, seen: Tensor) -> Tensor:
+        """Return the inputs, bool [H,W], that the outputs in `seen`, bool [H,W], are computed from."""
         mask = self.mask.cpu()
-        spread = torch.zeros(size or seen.shape, dtype=mask.dtype)
-        spread[:: self.stride, :: self.stride] = seen.to(mask)  # where they stand
-        below = F.pad(spread[None, None], (0, 0, 0, self.rows - 1))
+        below = F.pad(seen.to(mask)[None, None], (0, 0, 0, self.rows - 1))
         return F.conv_transpose2d(below, mask, padding=(self.rows - 1, self.side))[0, 0] > 0
 
 
