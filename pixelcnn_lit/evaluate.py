@@ -94,7 +94,9 @@ def of_split(
     images = chosen(data.split(split), n_images)
     head = {"label": data.label, "split": split, "images": len(images), "checkpoint": ckpt}
     head["fingerprint"] = fingerprint(images)
-    rank_zero_only(print)(f"scored: {head['fingerprint']}")
+    whole = len(data.split(split))
+    part = f", chosen at random of {whole:,}" if len(images) < whole else ""
+    rank_zero_only(print)(f"scored: {head['fingerprint']}{part}")
     if task == "bpd":
         figures = bits_per_dimension(model, data.tested_on(images), split, trainer, threads)
         return None if figures is None else head | figures

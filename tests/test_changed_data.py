@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import command
 
-from pixelcnn_lit.runs.saved import with_dataset_of_run
+from pixelcnn_lit.data.images import random_positions
+from pixelcnn_lit.runs.saved import run_of, with_dataset_of_run
 
 TINY = ["trainer=cpu", "trainer.max_epochs=1", "trainer.log_every_n_steps=1", "dataset.num_workers=0"]
 MODEL = ["model.hidden_channels=4", "model.n_residual=1", "sampler.n_per_class=1"]
@@ -106,6 +107,18 @@ def test_where_only_the_place_of_the_data_is_typed_the_run_tells_which_dataset_i
     assert [word for word in found if word not in chosen] == words
     if chosen:
         assert found[found.index(chosen[0]) + 1].startswith("ckpt=")
+
+
+def test_a_run_that_has_a_name_is_resumed_by_it():
+    assert run_of(None, "runs/train", "mine") == run_of("last", "runs/train", "mine") == "runs/train/mine"
+    assert run_of(None, "runs/train", None).startswith("runs/train/")
+
+
+def test_images_are_chosen_at_random_in_their_order():
+    positions = random_positions(1000, 100)
+    assert positions.tolist() == sorted(set(positions.tolist()))
+    assert 300 < positions.float().mean() < 700
+    assert torch.equal(random_positions(7, 7), torch.arange(7))
 
 
 @pytest.mark.parametrize("kept", [None, *(pytest.param(kept, marks=pytest.mark.long) for kept in (3, {"other": "x"}))])

@@ -56,7 +56,9 @@ TYPOS = [
     ("dataset=foo", "there is no such dataset; choose from: arrays, cifar10, cifar100, digits"),
     ("classes=[3,", "classes=[3,: ends too soon for a list; type classes=[a,b] without spaces, or"),
     ("optimizer.lr=2e-3,", "optimizer.lr=2e-3,: ends too soon for a list; type optimizer.lr=a,b without spaces, or"),
-    ("optimizer.learning_rate=1", "optimizer.learning_rate: there is no such setting; choose from: _target_"),
+    ("optimizer.learning_rate=1", "optimizer.learning_rate: there is no such setting; did you mean optimizer.lr?"),
+    ("dataset.bs=1", "dataset.bs: there is no such setting; did you mean dataset.batch_size?"),
+    ("experiment=mnist/cup", "experiment=mnist/cup: there is no such experiment; did you mean mnist/cpu?"),
     ("--lr=3", "--lr=3: no such option; type settings as key=value"),
     ("dataset.path=x.npz", "dataset.path: this dataset has no such setting; type dataset=NAME, too"),
     ("hydra/sweeper=optuna", "others are plugins: see pixelcnn_lit/training/README.md"),
@@ -105,7 +107,7 @@ TYPOS = [
     ("ckpt=???", "ckpt is missing; type ckpt=..."),
     ("run_dir=null", "run_dir=null: must be a directory"),
     ("run_dir=${nowhere}", "Interpolation key 'nowhere' not found; where ${ stands for itself, type \\${ in quotes"),
-    ("ckpt=last", "ckpt=last: of which run? type run_dir=DIRECTORY too"),
+    ("ckpt=last", "ckpt=last: of which run? type run_dir=DIRECTORY or run_name=NAME too"),
     ("n_residual", "n_residual: not an override; type model.n_residual=..."),
     ("scheduler=null", "a choice cannot be null; leave it out with ~NAME"),
     ("dataset=npz", "dataset.path is missing; type dataset.path=..."),
@@ -157,7 +159,7 @@ KEYS = {
     "dataset.batch_sise": "did you mean dataset.batch_size?",
     "modle": "did you mean model?",
     "modle.n_residual": "did you mean model.n_residual?",
-    "learning_rate": "choose from: callbacks, channels_last",  # and not a monitor of it
+    "learning_rate": "did you mean optimizer.lr?",  # and not a monitor of it
     "trainer.foo": "choose from: accelerator, accumulate_grad_batches",
     "callbacks.sample": "did you mean callbacks.samples?",
     "seed.foo": "choose from: callbacks, channels_last",

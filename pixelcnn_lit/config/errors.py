@@ -86,7 +86,14 @@ def _likeness(key: str, name: str) -> tuple[float, float]:
 
 
 def _ratio(a: str, b: str) -> float:
+    if a in (b, _initials(b)) or b == _initials(a):
+        return 1.0
     return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _initials(name: str) -> str:
+    """learning_rate -> lr."""
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def first_line(error: BaseException) -> str:
@@ -166,8 +173,15 @@ def _first(error: BaseException) -> BaseException | None:
     return None if isinstance(error, InterpolationResolutionError) else error
 
 
+def group_and_choice(error: MissingConfigException) -> tuple[str, str]:
+    """Return the group of conf/, or of Hydra, in which a config is missing, and its name, with the folder inside it."""
+    path = error.missing_cfg_file or ""
+    group, _, choice = path.rpartition("/") if path.startswith("hydra/") else path.partition("/")
+    return group, choice
+
+
 def _missing_config(error: MissingConfigException) -> str:
-    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    group, choice = group_and_choice(error)
     plugins = "; others are plugins: see pixelcnn_lit/training/README.md" if group.startswith("hydra/") else ""
     return f"{group}={choice}: there is no such {group}; {suggest(choice, error.options or [])}{plugins}"
 

@@ -238,8 +238,8 @@ def _verify_values(split: Split, levels: int, where: str) -> None:
 
 
 def random_positions(total: int, n: int) -> Tensor:
-    """Return `n` of `total` positions, always the same ones, of all classes: files often hold class after class."""
-    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n]
+    """Return `n` of `total` positions, in order, always the same ones: files often hold class after class."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n].sort().values
 
 
 def first_of_each_class(split: Split, num_classes: int, n: int) -> Tensor:

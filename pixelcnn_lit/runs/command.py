@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict, read_write
 
 from pixelcnn_lit.config.build import check, check_parts
-from pixelcnn_lit.config.errors import UserError, explain
+from pixelcnn_lit.config.errors import UserError, explain, group_and_choice
 from pixelcnn_lit.config.quoting import quoted, uninterpolated
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.help import page
@@ -63,10 +63,10 @@ def run(name: str) -> None:
     except Exception as error:
         _end_sweep(name)
         if isinstance(error, MissingConfigException):
-            group = CONF / (error.missing_cfg_file or "").rpartition("/")[0]
-            within: list[str] = [path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml")]
-            elsewhere: Any = error.options or []  # those of plugins, or of --config-dir
-            error.options = sorted({*within, *elsewhere})
+            group, choice = group_and_choice(error)
+            within = [path.relative_to(CONF / group).with_suffix("") for path in (CONF / group).rglob("*.yaml")]
+            elsewhere: Any = (error.options or []) if "/" not in choice else []  # those of plugins, or of --config-dir
+            error.options = sorted({*(path.as_posix() for path in within), *elsewhere})
         line = explain(error, functools.partial(_settings, name))
         if debug or line is None:
             raise

@@ -44,10 +44,12 @@ MAY_CHANGE_ON_RESUME = ("trainer.", "callbacks.", *PLACES, "threads")
 
 def run_of(ckpt: str | None, parent: str, name: str | None) -> str:
     """Return the directory of the run that a checkpoint belongs to; without one, of this or a new name in `parent`."""
+    if name is not None and ckpt in (None, "last"):
+        return f"{parent}/{name}"
     if ckpt is None:
-        return new_dir(parent) if name is None else f"{parent}/{name}"
+        return new_dir(parent)
     if ckpt == "last":
-        raise UserError("ckpt=last: of which run? type run_dir=DIRECTORY too")
+        raise UserError("ckpt=last: of which run? type run_dir=DIRECTORY or run_name=NAME too")
     path = Path(expanded(str(ckpt)))
     directory = path if path.is_dir() else path.parent.parent
     if not path.exists() or not (directory / CONFIG).is_file():

@@ -25,7 +25,7 @@ def read_pictures(path: Path, n_images: int | None, model: Density, changes: dic
     files = picture_files(path) if path.is_dir() else [path]
     if n_images is not None and n_images < len(files):
         print(f"{n_images} of {len(files)} pictures, a fixed random subset")
-        files = [files[n] for n in sorted(random_positions(len(files), n_images).tolist())]
+        files = [files[n] for n in random_positions(len(files), n_images).tolist()]
     pictures = read_all(files, lambda file: read_image(file, model.image_shape, model.levels, **changes))
     tell(pictures)
     return pictures
