@@ -106,8 +106,9 @@ def _pairs(done: dict[Path, dict[str, Any]], figure: str) -> None:
             if len(differences) >= 3:
                 mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
                 print(
-                    f"val/{figure}, {len(differences)} pairs by seed: {mean:+.4f} ± {error:.4f} "
-                    f"with {shlex.join(choice) or 'nothing more'} than with {shlex.join(first) or 'nothing more'}"
+                    f"val/{figure}, {len(differences)} pairs by seed: {abs(mean):.4f} ± {error:.4f} "
+                    f"{'lower' if mean < 0 else 'higher'} with {shlex.join(choice) or 'nothing more'} than with "
+                    f"{shlex.join(first) or 'nothing more'}"
                 )
 
 

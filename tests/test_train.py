@@ -656,7 +656,7 @@ def test_choices_that_ran_with_the_same_seeds_are_compared_seed_by_seed(tmp_path
         leave_run(tmp_path / str(n), "train", ["model_size=tiny", *overrides], val_bpd=bpd, test_bpd=9.0)
     pixelcnn_lit.summarize.summarize(tmp_path)
     pairs = [line for line in capsys.readouterr().out.splitlines() if "pairs by seed" in line]
-    assert pairs == ["val/bpd, 3 pairs by seed: -0.2000 ± 0.0577 with lr=2 than with lr=1"]
+    assert pairs == ["val/bpd, 3 pairs by seed: 0.2000 ± 0.0577 lower with lr=2 than with lr=1"]
 
 
 def test_the_training_loss_of_an_epoch_does_not_depend_on_accumulation(tmp_path):
