@@ -107,6 +107,8 @@ def test_a_folder_without_test_images_is_divided_by_a_fixed_choice(tmp_path):
     one, two = (opened("folder", tmp_path, "dataset.test_fraction=0.2") for _ in range(2))
     assert sizes(one) == [14, 2, 4]
     assert "0.2 split off for testing" in one.label
+    assert opened("folder", tmp_path, "dataset.test_fraction=0.01").test.y.tolist() == [0, 1]  # of each class one
+    assert one.test.y.tolist() == [0, 0, 1, 1]
     assert torch.equal(one.test.x, two.test.x)
     everything = torch.cat([split.x for split in one.splits().values()]).flatten(1)
     assert len(everything.unique(dim=0)) == 10  # each twice: both classes have the same pictures

@@ -47,7 +47,7 @@ def folder(
     order of their names, 2 before 10.
 
     Args:
-        test_fraction: of the images, by a fixed random choice, where there is no folder of test images.
+        test_fraction: of the images of each class, by a fixed random choice, where there is no folder of test images.
         resize: the shorter side, and the middle of the longer. colour: of all. background: of transparent ones.
     """
     if not Path(path).is_dir():
@@ -69,7 +69,9 @@ def folder(
         )
     splits = {name: _split(directory, classes, reader) for name, directory in ({"train": training} | parts).items()}
     if test_fraction is not None:
-        splits["train"], splits["test"] = carve(splits["train"], test_fraction, "dataset.test_fraction")
+        splits["train"], splits["test"] = carve(
+            splits["train"], test_fraction, "dataset.test_fraction", of_each_class=True
+        )
     asked = {
         f"resized to {resize} and cropped": resize,
         f"turned to {colour}": colour,

@@ -269,13 +269,15 @@ def level_counts(split: Split, levels: int) -> Tensor:
     return counts
 
 
-def carve(split: Split, fraction: float, setting: str) -> tuple[Split, Split]:
-    """Return the rest and a fraction of a split, always the same ones.
+def carve(split: Split, fraction: float, setting: str, of_each_class: bool = False) -> tuple[Split, Split]:
+    """Return the rest and a fraction of a split, always the same ones; or of each class, of two images at least one.
 
     Raises UserError, which names the `setting` that the fraction is of, where one of them is empty.
     """
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-    n = round(fraction * len(split))
-    if not 0 < n < len(split):
+    groups = [order[split.y[order] == label] for label in split.y.unique()] if of_each_class else [order]
+    taken = [max(round(fraction * len(group)), int(of_each_class and len(group) > 1)) for group in groups]
+    if not 0 < sum(taken) < len(split):
         raise UserError(f"{setting}={fraction}: leaves an empty split of {len(split)} images; type another")
-    return split[order[n:]], split[order[:n]]
+    pairs = list(zip(groups, taken, strict=True))
+    return split[torch.cat([group[n:] for group, n in pairs])], split[torch.cat([group[:n] for group, n in pairs])]
