@@ -151,6 +151,10 @@ def test_scores_on_other_images_than_the_runs_are_given_and_say_so(tmp_path, cap
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace(str(file), str(file.rename(tmp_path / "moved.npz"))))
     command("evaluate", *evaluate)  # as after a run that was resumed where its data had moved, and improved no more
+    for images, label in [(arrays["test_images"], "x "), (flipped(arrays["test_images"]), "other ")]:
+        archive(tmp_path / "other.npz", test_images=images)
+        command("evaluate", *evaluate, f"dataset.path={tmp_path}/other.npz")
+        assert json.loads((tmp_path / "score" / "evaluation.json").read_text())["label"].startswith(label)
 
 
 def test_one_class_is_trained_and_scored(tmp_path, monkeypatch, capsys):

@@ -268,6 +268,7 @@ def saved_or_given(ckpt: str, saved: dict[str, Any], given: dict[str, Any], comp
     require_same(ckpt, saved, data.facts)
     if compared and "_target_" not in typed and (difference := data.changed_since(read_checkpoint(ckpt), *compared)):
         rank_zero_only(print)(f"ckpt={ckpt}: {difference}")
+        data.title = typed.get("name") or typed.get("path") or data.title  # a file of others bears its own name
     return data
 
 
