@@ -59,6 +59,8 @@ TYPOS = [
     ("optimizer.learning_rate=1", "optimizer.learning_rate: there is no such setting; did you mean optimizer.lr?"),
     ("dataset.bs=1", "dataset.bs: there is no such setting; did you mean dataset.batch_size?"),
     ("experiment=mnist/cup", "experiment=mnist/cup: there is no such experiment; did you mean mnist/cpu?"),
+    ("-m --cfg job", "Only one of --run, --multirun, --cfg, --info and"),
+    ("seed=1 --cfg job seed=2", "seed=2: an option stands between this and other settings"),
     ("--lr=3", "--lr=3: no such option; type settings as key=value"),
     ("dataset.path=x.npz", "dataset.path: this dataset has no such setting; type dataset=NAME, too"),
     ("hydra/sweeper=optuna", "others are plugins: see pixelcnn_lit/training/README.md"),

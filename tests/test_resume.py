@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pixelcnn_lit.checkpoints.read import read_checkpoint
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.lit.density_module import DensityModule
+from pixelcnn_lit.runs.places import CONF
 from pixelcnn_lit.runs.run_dir import new_dir
 from pixelcnn_lit.runs.saved import lock
 from pixelcnn_lit.training.resume import SeedEveryStep
@@ -276,6 +277,33 @@ def test_a_finished_run_that_is_not_extended_says_that_nothing_was_left_to_train
         after = json.loads((finished / "result.json").read_text())
         assert after["steps"] == before["steps"]
         assert after["test/bpd"] == before["test/bpd"]
+
+
+def test_a_run_whose_yaml_is_in_a_folder_of_ones_own_asks_for_that_folder(tmp_path):
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    shutil.copy(CONF / "model" / "pixelcnn.yaml", tmp_path / "mine" / "model" / "own.yaml")
+    folder, run = f"--config-dir={tmp_path}/mine", [f"run_dir={tmp_path}/run"]
+    command("train", folder, *run, *RUN, "model=own", "trainer.max_epochs=1")
+    more = [*run, "ckpt=last", "trainer.max_epochs=2"]
+    line = refused("train", *more)
+    assert line.endswith("the run began with model/own, which is not in conf/; type its --config-dir, too")
+    command("train", folder, *more)
+
+
+def test_a_limit_that_is_long_past_leaves_nothing_to_train(finished, capsys):
+    train(finished, "ckpt=last", "trainer.max_epochs=5")
+    steps = json.loads((finished / "result.json").read_text())["steps"]
+    train(finished, "ckpt=last", "trainer.max_epochs=1")
+    assert "nothing was left to train (trainer.max_epochs=1, " in capsys.readouterr().out
+    assert json.loads((finished / "result.json").read_text())["steps"] == steps
+
+
+def test_other_commands_write_into_no_training_run(finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    for name in ("sample", "evaluate"):
+        said = refused(name, f"ckpt={finished}", f"run_dir={finished}")
+        assert said.endswith("holds a training run; type another directory, or leave it out")
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
 def test_links_on_the_way_to_a_checkpoint_are_followed(tmp_path, cut):

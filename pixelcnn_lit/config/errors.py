@@ -130,6 +130,8 @@ def explain(error: BaseException | None, settings: Callable[[], Mapping[str, Any
             return " ".join(str(error).split())
         case Exception() if _is(error, "MisconfigurationException"):
             return " ".join(str(error).split())
+        case ValueError() if str(error).startswith("Only one of --"):  # Hydra's, of its options
+            return f"{first_line(error)}; type one of them"
         case ValueError() if str(error).startswith("Config group override"):
             return "a choice cannot be null; leave it out with ~NAME, for example ~scheduler"
         case Exception() if _is(error, "OutOfMemoryError"):

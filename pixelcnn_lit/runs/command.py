@@ -26,7 +26,7 @@ from pixelcnn_lit.runs.help import page
 from pixelcnn_lit.runs.memory import keep_freed_memory
 from pixelcnn_lit.runs.places import CONF
 from pixelcnn_lit.runs.run_dir import expanded, relative, run_dir, start_clock, typed
-from pixelcnn_lit.runs.saved import checkpoint_file, with_dataset_of_run
+from pixelcnn_lit.runs.saved import CONFIG, checkpoint_file, with_dataset_of_run
 from pixelcnn_lit.runs.signals import raise_on_signals
 from pixelcnn_lit.runs.sweep import sweep_directory
 from pixelcnn_lit.runs.terminal import print_what_can_be_printed
@@ -80,7 +80,7 @@ def _refuse_options(words: list[str]) -> None:
     if unknown and unknown[0].startswith("-"):
         raise UserError(f"{unknown[0]}: no such option; type settings as key=value (--help lists them)")
     if unknown:
-        raise UserError(f"{unknown[0]}: stands behind an option that others stand before; type options first")
+        raise UserError(f"{unknown[0]}: an option stands between this and other settings; type options first")
 
 
 def _end_sweep(name: str) -> None:
@@ -126,6 +126,8 @@ def _job(name: str, debug: bool, cfg: DictConfig) -> float | None:
     if sweep:
         start_clock()
     _keep_paths_as_they_are()
+    if name not in TRAINING and (run_dir() / CONFIG).is_file():
+        raise UserError(f"run_dir={relative(run_dir())}: holds a training run; type another directory, or leave it out")
     (run_dir() / "error.txt").unlink(missing_ok=True)
     try:
         _record(cfg)

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException
 from omegaconf import MISSING, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -175,6 +176,10 @@ def saved_settings(directory: Path, changes: Sequence[str]) -> dict[str, Any]:
         before = _composed(saved["overrides"]) if changes else {}
         assert isinstance(saved["callbacks"], dict)
         assert isinstance(saved["logger"], dict)
+    except MissingConfigException as error:
+        raise UserError(
+            f"{path}: the run began with {error.missing_cfg_file}, which is not in conf/; type its --config-dir, too"
+        ) from error
     except Exception as error:  # yaml and an untrusted contents have many
         raise UserError(
             f"{path}: damaged or not of this program ({first_line(error)}); it holds the settings"

@@ -129,6 +129,9 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
     saved_with["threads"] = settle_threads(trainer, saved_with["threads"], work)
     if trainer.precision == "64-true":
         module.double()  # Lightning does so when it has loaded a checkpoint, which would be rounded
+    limits = f"trainer.max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}"
+    if run.start and 0 <= (trainer.max_epochs or 0) < saved.get("epoch", 0):
+        trainer.fit_loop.max_epochs = saved["epoch"]  # Lightning refuses a limit that is long past: nothing is left
     try:
         trainer.fit(module, data, ckpt_path=run.start, weights_only=True)
     except UserError:
@@ -139,7 +142,6 @@ def fit(run: Run, module: Trainable, data: ImageData, hparams: dict[str, Any], e
         raise
     best = best_weights(trainer, run, data)
     if run.start and trainer.global_step == saved["global_step"]:
-        limits = f"trainer.max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}"
         rank_zero_only(print)(f"nothing was left to train ({limits}); the best weights are scored")
     return Fitted(trainer, best, read_checkpoint(best)["scored"], kept.history, throughput, extras)
 
