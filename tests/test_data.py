@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import textwrap
 
 import numpy as np
 import pytest
@@ -509,3 +510,22 @@ def test_data_shows_the_images_as_they_are_trained_on(tmp_path, capsys):
     mean = data.train.x.double().mean()
     assert f"mean {mean:.2f} (in [0, 1]: {mean / 16:.4f})" in capsys.readouterr().out
     assert "dataset: no augmentation is switched on" in refused("data", "augmented=true", f"run_dir={tmp_path}/none")
+
+
+def test_a_program_that_ends_amid_a_loader_ends_its_workers_too(children, tmp_path):
+    """They outlive a SIGTERM, by which Python would end them: after half a minute, with a traceback."""
+    code = """
+        import torch
+        from pixelcnn_lit.data.images import Split
+        from pixelcnn_lit.data.loader import Batches, Gather, loader
+
+        if __name__ == "__main__":
+            split = Split(torch.zeros(40, 1, 2, 2, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+            batches = iter(loader(Gather(split), Batches(40, 4, shuffle=True), num_workers=2))
+            next(batches)
+            raise SystemExit(7)
+        """
+    (tmp_path / "ends.py").write_text(textwrap.dedent(code))
+    process = children.popen(tmp_path, "ends.py")
+    assert process.wait(25) == 7
+    assert process.output() == ""

@@ -1,6 +1,8 @@
 """Batches gathered whole from a split, in an order that is a function of (seed, epoch)."""
 
+import atexit
 import multiprocessing
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -88,7 +90,20 @@ class LazyLoader(DataLoader):
     """A DataLoader that starts its workers, and asks for the order, at the first batch: after `set_epoch`."""
 
     def __iter__(self) -> Iterator:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _used.add(self)
         yield from super().__iter__()
+
+
+_used: weakref.WeakSet[LazyLoader] = weakref.WeakSet()
+
+
+@atexit.register  # after torch's own and Python's, and so before them: those would tell workers by a signal
+def end_workers() -> None:
+    """End the workers of all loaders, which outlive a signal."""
+    for each in list(_used):
+        iterator = each._iterator
+        if iterator is not None:  # it lives as long as its workers
+            iterator._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def loader(dataset: Gather, batches: Batches, num_workers: int) -> LazyLoader:
