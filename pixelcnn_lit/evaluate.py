@@ -91,11 +91,11 @@ def of_split(
 ) -> dict[str, Any] | None:
     """Return the evaluation on the images of a dataset; None in all processes but the first."""
     data = saved_or_given(ckpt, model.settings, dataset, compared=[split])
-    images = chosen(data.split(split), n_images)
+    whole = data.split(split)
+    images = chosen(whole, n_images)
     head = {"label": data.label, "split": split, "images": len(images), "checkpoint": ckpt}
     head["fingerprint"] = fingerprint(images)
-    whole = len(data.split(split))
-    part = f", chosen at random of {whole:,}" if len(images) < whole else ""
+    part = f", chosen at random of {len(whole):,}" if len(images) < len(whole) else ""
     rank_zero_only(print)(f"scored: {head['fingerprint']}{part}")
     if task == "bpd":
         figures = bits_per_dimension(model, data.tested_on(images), split, trainer, threads)

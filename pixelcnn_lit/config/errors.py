@@ -36,6 +36,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def suggest(word: str, words: Iterable[str]) -> str:
     """The hint that follows an unknown word: the nearest known one, and all of them."""
     known = sorted(words)
@@ -142,7 +145,7 @@ def explain(error: BaseException | None, settings: Callable[[], Mapping[str, Any
             return _NO_MEMORY
         case RuntimeError() if 'Could not detect "srun"' in str(error):  # submitit's
             return "hydra/launcher=submitit_slurm: there is no srun here; type it on a machine of the cluster"
-        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        case OSError() if error.errno in DISK_FULL:
             return f"{error.filename or 'the directory of the run'}: the disk is full; make room"
         case OSError() if error.filename:
             return f"{error.filename}: {error.strerror}"

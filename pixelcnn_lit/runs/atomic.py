@@ -1,11 +1,12 @@
 """Files that are whole or absent."""
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from pixelcnn_lit.config.errors import DISK_FULL
 
 UNFINISHED = ".tmp-"  # how the name of a file begins while it is written
 
@@ -25,7 +26,7 @@ def atomic_write(target: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(unfinished, target)
     except OSError as error:
-        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.filename is None and error.errno in DISK_FULL
         if full or str(error.filename) == str(unfinished):
             error.filename = str(target)  # what was asked for, and not where it is written first
         raise

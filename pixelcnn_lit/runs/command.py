@@ -63,15 +63,20 @@ def run(name: str) -> None:
     except Exception as error:
         _end_sweep(name)
         if isinstance(error, MissingConfigException):
-            group, choice = group_and_choice(error)
-            within = [path.relative_to(CONF / group).with_suffix("") for path in (CONF / group).rglob("*.yaml")]
-            elsewhere: Any = (error.options or []) if "/" not in choice else []  # those of plugins, or of --config-dir
-            error.options = sorted({*(path.as_posix() for path in within), *elsewhere})
+            _list_options(error)
         line = explain(error, functools.partial(_settings, name))
         if debug or line is None:
             raise
         sys.exit(f"error: {line}")
     _end_sweep(name)
+
+
+def _list_options(error: MissingConfigException) -> None:
+    """Let an error about a choice know all options of its group, also those in folders inside it."""
+    group, choice = group_and_choice(error)
+    within = [path.relative_to(CONF / group).with_suffix("") for path in (CONF / group).rglob("*.yaml")]
+    elsewhere: Any = (error.options or []) if "/" not in choice else []  # those of plugins, or of --config-dir
+    error.options = sorted({*(path.as_posix() for path in within), *elsewhere})
 
 
 def _refuse_options(words: list[str]) -> None:

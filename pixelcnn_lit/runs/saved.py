@@ -52,7 +52,7 @@ def run_of(ckpt: str | None, parent: str, name: str | None) -> str:
     if ckpt == "last":
         raise UserError("ckpt=last: of which run? type run_dir=DIRECTORY or run_name=NAME too")
     path = Path(expanded(str(ckpt)))
-    directory = path if path.is_dir() else path.parent.parent
+    directory = _directory_of(path)
     if not path.exists() or not (directory / CONFIG).is_file():
         raise UserError(
             f"ckpt={ckpt}: no run, and no checkpoint of one; type RUN_DIR, or RUN_DIR/checkpoints/last.ckpt "
@@ -82,9 +82,14 @@ def checkpoint_file(ckpt: str, setting: str = "ckpt") -> Path:
     raise UserError(f"{setting}={ckpt}: {wrong}; {near}type {known}")
 
 
+def _directory_of(path: Path) -> Path:
+    """Return the directory of a run, of which the path is that directory or a checkpoint."""
+    return path if path.is_dir() else path.parent.parent
+
+
 def data_places(ckpt: str) -> dict[str, str]:
     """Return dataset.root and dataset.path of a checkpoint's run, whose data may have moved since it was written."""
-    dataset = _config_of(checkpoint_file(ckpt).absolute().parent.parent).get("dataset")
+    dataset = _config_of(_directory_of(checkpoint_file(ckpt).absolute())).get("dataset")
     places = dataset if isinstance(dataset, dict) else {}
     return {key: places[key] for key in ("root", "path") if isinstance(places.get(key), str)}
 
@@ -108,7 +113,7 @@ def with_dataset_of_run(words: Sequence[str]) -> list[str]:
     if not moved:
         return list(words)
     run = Path(expanded(given.get("run_dir") or given["ckpt"]))
-    overrides = _config_of(run if run.suffix != ".ckpt" else run.parent.parent).get("overrides")
+    overrides = _config_of(_directory_of(run)).get("overrides")
     saved = overrides if isinstance(overrides, list) else []
     choices = [re.fullmatch(rf"\+?({'|'.join(DATASET_GROUPS)})=([\w/]+)", str(word)) for word in saved]
     known = [choice[0] for choice in choices if choice and (CONF / choice[1] / f"{choice[2]}.yaml").is_file()]
@@ -129,7 +134,7 @@ def find_resume_checkpoint(directory: Path, ckpt: str | None, or_anew: bool) -> 
         path = Path(ckpt)
         if not path.exists():
             raise UserError(f"ckpt={ckpt}: no such file; type ckpt=last")
-        if (path if path.is_dir() else path.absolute().parent.parent).resolve() != directory.resolve():
+        if _directory_of(path.absolute()).resolve() != directory.resolve():
             raise UserError(f"ckpt={ckpt}: of another run; leave out run_dir, or type ckpt=last")
         if path.is_file():
             return path

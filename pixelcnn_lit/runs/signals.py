@@ -97,10 +97,9 @@ def _raise(signum: int) -> None:
 
 
 def _note(signum: int) -> None:
-    global _noted
     if _noted and signum == signal.SIGINT:  # somebody is in a hurry, as Slurm is not when SIGTERM follows SIGUSR1
         _exit(signum)
-    _noted = _noted or signum
+    _postpone(signum)
 
 
 def _postpone(signum: int) -> None:
