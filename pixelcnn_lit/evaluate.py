@@ -163,12 +163,10 @@ def classify(model: Density, data: ImageData, images: Split, split: str) -> dict
 def require_comparable(data: ImageData, other: ImageData) -> None:
     """Raise UserError unless images of another dataset are of the shape and the levels of this one's."""
     (channels, *size), (other_channels, *other_size) = (each.facts["image_shape"] for each in (data, other))
-    ways = {
-        "type another": channels != other_channels or other.levels < data.levels,
-        f"type ood.resize={min(size)}": size != other_size,
-        f"type ood.levels={data.levels}": other.levels > data.levels,
-    }
-    wanted = [way for way, needed in ways.items() if needed]
+    ways = {f"ood.resize={min(size)}": size != other_size, f"ood.levels={data.levels}": other.levels > data.levels}
+    wanted = [f"type {way}" for way, needed in ways.items() if needed]
+    if channels != other_channels or other.levels < data.levels:  # which no setting changes
+        wanted = ["type another dataset@ood"]
     if wanted:
         here, there = (f"{each.facts['image_shape']} of {each.levels} levels" for each in (data, other))
         raise UserError(f"dataset@ood: images {there}, the model is of {here}; {' and '.join(wanted)}")

@@ -417,6 +417,9 @@ def test_evaluate_classifies(tmp_path, digits):
     save_npz(tmp_path / "large.npz", (9, 9), 300, 40, classes=10)
     said = refused("evaluate", *both, f"ood.path={tmp_path}/large.npz", f"run_dir={tmp_path}/size")
     assert said.endswith("; type ood.resize=8 and type ood.levels=17")
+    save_npz(tmp_path / "colour.npz", (9, 9, 3), 300, 40, classes=10)
+    said = refused("evaluate", *both, f"ood.path={tmp_path}/colour.npz", f"run_dir={tmp_path}/colour")
+    assert said.endswith("the model is of [1, 8, 8] of 17 levels; type another dataset@ood")
     assert "type both" in refused("evaluate", ckpt, *other, f"run_dir={tmp_path}/alone")
     ckpt = f"ckpt={tmp_path}/false/checkpoints/best.ckpt"
     assert "knows no classes" in refused("evaluate", ckpt, *asked, f"run_dir={tmp_path}/no")

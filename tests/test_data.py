@@ -224,6 +224,8 @@ def test_mnist_files_are_read_with_no_network(small_mnist):
     assert torch.equal(data.test.x, torch.from_numpy(pixels[:10, None]))
     assert data.class_names == list("0123456789")
     assert len(data.train) + len(data.validation) == 30
+    with pytest.raises(UserError, match=f"type dataset.root={root}$"):
+        open_data("dataset=mnist", f"dataset.root={root}/MNIST")
 
 
 def test_too_few_mnist_images_are_refused(small_mnist, monkeypatch):

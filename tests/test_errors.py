@@ -22,6 +22,7 @@ from pixelcnn_lit.config.build import resolve
 from pixelcnn_lit.config.errors import UserError, explain
 from pixelcnn_lit.config.schema import matches
 from pixelcnn_lit.runs.command import CONF
+from pixelcnn_lit.runs.run_dir import relative
 
 
 @pytest.fixture
@@ -324,7 +325,10 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(run, copy):
     directory = Path(copy).parent.parent
     code, err = run("train", *TINY, *ONE_STEP, f"run_dir={directory}")
     assert code == 1
-    assert "holds a run; type ckpt=last to resume, or another run_dir" in err
+    assert "holds a run; type ckpt=last to resume, or another run_dir or run_name" in err
+    code, err = run("train", f"run_dir={directory}2", "ckpt=last")
+    assert code == 1
+    assert f"nothing was saved there yet; did you mean run_dir={relative(directory)}?" in err
     code, err = run("train", f"ckpt={copy}", "run_dir=elsewhere")
     assert code == 1
     assert "of another run; leave out run_dir" in err

@@ -224,7 +224,7 @@ def test_the_public_api_does_what_its_page_says():
     assert torch.equal(model.sample(classes=torch.tensor([3]), seed=1), model.sample(classes=["3"], seed=1))
     with pytest.raises(UserError, match="n_per_class: is set by another argument"):
         model.complete(x, known, y, n=1, n_per_class=2)
-    with pytest.raises(UserError, match=r"known: a ndarray; give a torch.Tensor, bool \[28, 28\]"):
+    with pytest.raises(UserError, match=r"known: ndarray; give a torch.Tensor, bool \[28, 28\]"):
         model.complete(x, known.numpy(), y)
     model.label_dropout = 0.0  # as of one that never saw an image without its class
     with pytest.raises(UserError, match=r"y=.*: this model was trained on 0, 1, .*, 9$"):

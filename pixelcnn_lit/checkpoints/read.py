@@ -40,13 +40,15 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return content
 
 
-def require_same(path: str, saved: dict[str, Any], present: dict[str, Any]) -> None:
-    """Raise UserError unless the settings saved in checkpoint `path` are those at present, as far as given."""
+def require_same(path: str, saved: dict[str, Any], present: dict[str, Any], setting: str = "ckpt") -> None:
+    """Raise UserError unless the settings saved in checkpoint `path` are those at present, as far as given.
+
+    `setting` is the one that names the checkpoint.
+    """
     for key, value in present.items():
         if saved.get(key) != value:
-            raise UserError(
-                f"ckpt={path}: its {key} is {saved.get(key)}, here it is {value}; type the same, or another ckpt"
-            )
+            here = f"its {key} is {saved.get(key)}, here it is {value}"
+            raise UserError(f"{setting}={path}: {here}; type the same, or another {setting}")
 
 
 def _read_archive(path: str) -> Any:

@@ -62,6 +62,8 @@ def svhn(root: str = "data", download: bool = True) -> Images:
 
 
 def _fetch(dataset: type, root: str, download: bool, by_hand: str) -> Images:
+    if Path(root).name == dataset.__name__ and Path(root, "raw").is_dir():
+        raise UserError(f"dataset.root={root}: is the dataset's own folder; type dataset.root={Path(root).parent}")
     try:
         return _read_or_renew(dataset, root, download)
     except Exception as error:  # torchvision and the formats name their troubles in a dozen classes

@@ -352,7 +352,7 @@ def _holds_integers(x: object) -> TypeGuard[Tensor]:
 
 
 def _described(x: object) -> str:
-    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _sampler(settings: dict[str, Any], **own: int) -> dict[str, Any]:

@@ -148,5 +148,5 @@ def _per_channel(values: Sequence[float]) -> Tensor:
 def load_classifier(path: str, facts: dict[str, Any] | None = None) -> ClassifierModule:
     """Return the classifier of a .ckpt file: see `load_module`. Raises UserError if its images have other `facts`."""
     classifier: ClassifierModule = load_module(path, ClassifierModule)
-    require_same(path, dict(classifier.hparams), facts or {})
+    require_same(path, dict(classifier.hparams), facts or {}, "classifier_ckpt")
     return classifier

@@ -141,10 +141,21 @@ def find_resume_checkpoint(directory: Path, ckpt: str | None, or_anew: bool) -> 
     if last.is_file() and (ckpt or or_anew or "SLURM_RESTART_COUNT" in os.environ):
         return last
     if ckpt:
-        raise UserError(f"run_dir={relative(directory)}: nothing was saved there yet; leave out ckpt")
+        raise UserError(f"run_dir={relative(directory)}: nothing was saved there yet; {_run_meant(directory)}")
     if last.is_file():
-        raise UserError(f"run_dir={relative(directory)}: holds a run; type ckpt=last to resume, or another run_dir")
+        other = "another run_dir or run_name"
+        raise UserError(f"run_dir={relative(directory)}: holds a run; type ckpt=last to resume, or {other}")
     return None
+
+
+def _run_meant(directory: Path) -> str:
+    """Say which run beside it may be meant by a directory without one."""
+    runs = {run.name for run in directory.parent.glob("*") if last_checkpoint(run).is_file()}
+    near = "".join(
+        f"did you mean run_dir={relative(directory.parent / name)}? "
+        for name in get_close_matches(directory.name, runs, n=1)
+    )
+    return f"{near}to start a new run, leave out ckpt"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The Lightning Trainer of a config, and what it takes of the CPU."""
 
 import logging
+import re
 import shutil
 import signal
 import sys
@@ -57,6 +58,7 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
     own["callbacks"] = [*callbacks, EndWaitingProcesses()]
     for key in own.keys() & settings.keys():
         raise UserError(f"trainer.{key}: is set by the program; leave it out")
+    _check_time(settings.get("max_time"))
     check("trainer", L.Trainer, settings)
     for key in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
         value = settings.get(key)
@@ -85,6 +87,14 @@ def make_trainer(config: dict[str, Any], callbacks: Sequence[Callback] = (), **e
     take_signals_away(trainer)
     broadcast_no_buffers(trainer)
     return trainer
+
+
+def _check_time(limit: object) -> None:
+    if limit is not None and not isinstance(limit, dict) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(limit)):
+        raise UserError(
+            f"trainer.max_time={limit}: must be days:hours:minutes:seconds, two digits each; "
+            "type trainer.max_time=00:00:10:00 for ten minutes"
+        )
 
 
 def settle_threads(trainer: L.Trainer, typed: int | None, work: float) -> int | None:
