@@ -250,10 +250,13 @@ def test_a_checkpoint_of_another_dataset_is_refused_with_both_values(run, checkp
     assert (code, "its image_shape is [1, 4, 4], here it is [1, 5, 5]" in err) == (1, True)
 
 
-def test_a_command_without_its_checkpoint_says_what_to_type(run):
+def test_a_command_without_its_checkpoint_says_what_to_type(run, tmp_path):
     known = "the path of a .ckpt or .safetensors, a RUN_DIR, cifar10, mnist"
     for name in ("sample", "evaluate", "complete", "compress", "decompress", "export", "judge"):
         assert run(name) == (1, f"error: ckpt is missing; type ckpt= and {known}\n")
+    (tmp_path / "runs" / "train" / "first").mkdir(parents=True)
+    meant = "ckpt=first: no such file; did you mean runs/train/first?"
+    assert run("sample", "ckpt=first") == (1, f"error: {meant} type {known}\n")
     assert run("judge", "ckpt=mnist") == (
         1,
         f"error: classifier_ckpt is missing; type classifier_ckpt= and {known[:46]}\n",

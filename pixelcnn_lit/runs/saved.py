@@ -78,7 +78,9 @@ def checkpoint_file(ckpt: str, setting: str = "ckpt") -> Path:
     if path.is_file() or best.is_file():
         return path if path.is_file() else best
     wrong = "no checkpoints/best.ckpt in it" if path.is_dir() else "no such file"
-    near = "".join(f"did you mean {name}? " for name in get_close_matches(ckpt, pretrained, n=1))
+    run = Path("runs", "train_classifier" if setting == "classifier_ckpt" else "train", ckpt)
+    named = [str(run)] if run.is_dir() and not path.exists() else []
+    near = "".join(f"did you mean {name}? " for name in named or get_close_matches(ckpt, pretrained, n=1))
     raise UserError(f"{setting}={ckpt}: {wrong}; {near}type {known}")
 
 
