@@ -16,6 +16,7 @@ from helpers import TINY, command, one_run, save_npz
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 import pixelcnn_lit.runs.command
 from pixelcnn_lit.config.build import resolve
@@ -248,6 +249,10 @@ def test_a_checkpoint_of_another_dataset_is_refused_with_both_values(run, checkp
     npz(tmp_path / "x.npz", 5)
     code, err = run("train", f"run_dir={tmp_path}/run", "ckpt=last")
     assert (code, "its image_shape is [1, 4, 4], here it is [1, 5, 5]" in err) == (1, True)
+
+
+def test_no_compiler_gets_a_line():
+    assert "install one" in str(explain(InductorError(InvalidCxxCompiler(), None)))
 
 
 def test_a_command_without_its_checkpoint_says_what_to_type(run, tmp_path):

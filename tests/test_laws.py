@@ -203,6 +203,19 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(network):
     assert kept[1] < kept[0] / 2
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+@torch.no_grad()
+def test_weights_of_a_network_of_any_size_read_other_images_as_one_made_for_them(network):
+    model = make(network, "categorical", (3, 8, 9), 17, n_residual=2)
+    if not getattr(model.network, "any_size", False):
+        pytest.skip("it reads images of its own size")
+    for size in ((6, 7), (3, 5), (9, 12)):
+        other = make(network, "categorical", (3, *size), 17, n_residual=2)
+        other.load_state_dict(model.state_dict())
+        x, y = torch.randint(17, (2, 3, *size), dtype=torch.uint8), torch.tensor([0, 2])
+        assert torch.equal(model(x, y), other(x, y))
+
+
 FEW = EACH_ONCE[-len(LIKELIHOODS) :]
 REST = [pytest.param(*pair, marks=pytest.mark.long) for pair in EACH_ONCE if pair not in FEW]
 
@@ -231,7 +244,9 @@ def test_the_loss_of_training_alone_is_compiled(monkeypatch):
     plain = density("pixelcnn", "categorical")
     assert module("pixelcnn", "categorical", compile=True).density.state_dict().keys() == plain.state_dict().keys()
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *batch: compiled.append(batch) or function(*batch))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, dynamic: lambda *batch: compiled.append(batch) or function(*batch)
+    )
     model = module("pixelcnn", "categorical", compile=True)
     batch = torch.zeros(2, 1, 4, 5, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
     model.validation_step(batch, 0)

@@ -16,7 +16,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, archive, command, leave_run, one_run, save_npz
+from helpers import TINY, archive, command, leave_run, one_run, refused, save_npz
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -524,6 +524,22 @@ def test_a_first_step_may_take_all_the_time():
     optimizer.step()
     scheduler.step()
     assert 0 < scheduler.get_last_lr()[0] < 0.5
+
+
+def test_early_images_are_cropped_and_all_others_whole(tmp_path, monkeypatch):
+    sizes, forward = {True: [], False: []}, Density.forward
+
+    def watched(self, x, y):
+        sizes[self.training].append(x.shape[2:])
+        return forward(self, x, y)
+
+    monkeypatch.setattr(Density, "forward", watched)
+    command("train", *TINY, "trainer.max_steps=4", "crop=3", "crop_until=0.75", f"run_dir={tmp_path}")
+    assert sizes[True] == [(2, 2)] * 3 + [(8, 8)]
+    assert set(sizes[False]) == {(8, 8)}
+    assert "of images (1, 8, 8); type crop=0" in refused("train", *TINY, "crop=4", f"run_dir={tmp_path}/all")
+    fixed = refused("train", *TINY, "model=pixel_attention", "crop=1", f"run_dir={tmp_path}/fixed")
+    assert "reads images of its own size alone" in fixed
 
 
 @pytest.mark.long

@@ -143,6 +143,8 @@ def explain(error: BaseException | None, settings: Callable[[], Mapping[str, Any
             return _NO_MEMORY
         case RuntimeError() if "can't allocate memory" in str(error):  # torch's, on a CPU
             return _NO_MEMORY
+        case Exception() if _is(error, "InductorError") and "InvalidCxxCompiler" in str(error):
+            return "compile=true: there is no C++ compiler here; install one, as g++, or type compile=false"
         case RuntimeError() if 'Could not detect "srun"' in str(error):  # submitit's
             return "hydra/launcher=submitit_slurm: there is no srun here; type it on a machine of the cluster"
         case OSError() if error.errno in DISK_FULL:

@@ -39,6 +39,7 @@ class GatedPixelCNN(nn.Module):
     """
 
     train_is_likelihood = True
+    any_size = True
     no_blind_spot = True
 
     def __init__(

@@ -36,6 +36,7 @@ class PixelCNN(nn.Module):
     """
 
     train_is_likelihood = True
+    any_size = True
 
     def __init__(
         self,

@@ -57,7 +57,8 @@ class Network(Protocol):
 
     Made as `Net(image_size, in_channels, num_classes, out_channels, hidden_channels, n_residual, **own)`, where
     `image_size` is (H, W), any of at least 1, `in_channels` E and `out_channels` D. One that sees every earlier pixel,
-    where it is deep enough, may say `no_blind_spot = True`; the laws then hold it to that.
+    where it is deep enough, may say `no_blind_spot = True`, and one whose weights read images of any size, as a network
+    made for that size would, `any_size = True`; the laws then hold it to that.
     """
 
     train_is_likelihood: bool  # whether its loss in training mode is a likelihood: batch statistics make it none

@@ -38,6 +38,7 @@ class RowLSTM(nn.Module):
     """
 
     train_is_likelihood = True
+    any_size = True
 
     def __init__(
         self,
