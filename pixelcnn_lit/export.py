@@ -13,7 +13,6 @@ from typing import Literal
 
 from pixelcnn_lit.checkpoints.int8 import hidden_matrices, quantize
 from pixelcnn_lit.checkpoints.safetensors import write_weights
-from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.machine import Threads, take_threads
 from pixelcnn_lit.runs.run_dir import plain_name, relative
@@ -21,16 +20,12 @@ from pixelcnn_lit.runs.run_dir import plain_name, relative
 
 def main(ckpt: str, out: str, dtype: Literal["float32", "float16", "int8"], threads: Threads) -> None:
     take_threads(threads)
-    if not out.endswith(".safetensors"):
-        raise UserError(f"out={out}: type a name that ends in .safetensors")
     model = load(ckpt)
     # Where the data lay is an affair of the machine it was trained on.
     dataset = {k: value for k, value in (model.settings["dataset"] or {}).items() if k not in ("root", "path")}
     if "name" in dataset:
         dataset["name"] = plain_name(dataset["name"])
     width = model.settings["model"].get("hidden_channels")
-    if dtype == "int8" and not width:
-        raise UserError("dtype=int8: this network has no hidden_channels; type dtype=float16")
     hidden = (
         {f"network.{name}" for name in hidden_matrices(model.get_submodule("network"), width)}
         if dtype == "int8"

@@ -2,12 +2,15 @@
 
     python -m pixelcnn_lit.summarize runs/train/SWEEP
     python -m pixelcnn_lit.summarize runs/train
+    python -m pixelcnn_lit.summarize check=runs/train/ENTRY
 
 The directory is that of a sweep, or any that holds runs. Those without a result follow the table, with the reason.
 "seconds" are those of a whole run, from its start to its test.
 
 Where a sweep repeats each choice of settings with several seeds, each is compared with the first, seed by seed: the
 mean of the differences of the validation, and its standard error.
+
+`check=` scores the runs in a directory once more, as entries of a race, and restores the images of their proof.plc.
 """
 
 import json
@@ -37,10 +40,15 @@ def main() -> None:
         return
     if len(sys.argv) != 2:
         sys.exit("error: give the directory of a sweep, or of many runs: python -m pixelcnn_lit.summarize DIRECTORY")
-    if not Path(sys.argv[1]).is_dir():
-        sys.exit(f"error: {sys.argv[1]}: no such directory")
-    if not summarize(Path(sys.argv[1])):
-        sys.exit(f"error: {sys.argv[1]}: no runs in it")
+    directory = Path(sys.argv[1].removeprefix("check="))
+    if not directory.is_dir():
+        sys.exit(f"error: {directory}: no such directory")
+    if str(directory) != sys.argv[1]:
+        from pixelcnn_lit.codec.entry import check_all  # not above: tables need no torch
+
+        check_all(directory)
+    elif not summarize(directory):
+        sys.exit(f"error: {directory}: no runs in it")
 
 
 def summarize(directory: Path) -> bool:

@@ -1,6 +1,10 @@
 """A codec gives back the images, to the bit, in as many bits as the model says; or it says why it cannot."""
 
+import json
 import math
+import re
+import shutil
+import sys
 import zlib
 
 import numpy as np
@@ -16,6 +20,7 @@ from pixelcnn_lit.codec.format import CRC, HEADER, MAGIC, Header
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.summarize import main as summarize
 
 
 def images_of(model: Density, n: int) -> Split:
@@ -219,3 +224,28 @@ def test_the_commands_write_and_read_npz_and_folders(tmp_path, capsys):
         ("n_images=-1", "n_images=-1: must be"),
     ):
         assert said in refused("compress", f"ckpt={ckpt}", *asked, wrong)
+
+
+def test_an_entry_of_a_race_is_what_it_says_or_refused(run, tmp_path, monkeypatch, capsys):
+    entry = tmp_path / "entries" / "0"
+    shutil.copytree(run, entry)
+    result = json.loads((entry / "result.json").read_text())
+    command("compress", f"ckpt={entry}", "n_images=100", f"out={entry}/proof.plc", f"run_dir={tmp_path}/a")
+    monkeypatch.setattr(sys, "argv", ["summarize", f"check={entry.parent}"])
+    capsys.readouterr()
+    summarize()
+    said = capsys.readouterr().out
+    assert f"test {result['test/bpd']:.4f} bpd on {result['test/fingerprint']}, as result.json says; 100 of" in said
+    wrong = {"test/bpd": result["test/bpd"] - 0.001, "test/images": 16, "test/fingerprint": "250 images of another"}
+    for key, value in wrong.items():
+        (entry / "result.json").write_text(json.dumps(result | {key: value}))
+        with pytest.raises(SystemExit, match=rf"error: check=.*{re.escape(str(value)[:5])}"):
+            summarize()
+    (entry / "result.json").write_text(json.dumps(result))
+    for few in ("n_images=99", "images=train"):
+        command("compress", f"ckpt={entry}", "n_images=100", few, f"out={entry}/proof.plc", f"run_dir={tmp_path}/a")
+        with pytest.raises(SystemExit, match="must hold the first 100 test images"):
+            summarize()
+    (entry / "proof.plc").unlink()
+    with pytest.raises(SystemExit, match="of a whole run, and"):
+        summarize()

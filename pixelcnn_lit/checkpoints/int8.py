@@ -11,11 +11,13 @@ from pixelcnn_lit.config.errors import UserError
 SCALE = "/scale"  # how the name of the scales ends that belong to a matrix in int8
 
 
-def hidden_matrices(network: nn.Module, width: int) -> set[str]:
+def hidden_matrices(network: nn.Module, width: int | None) -> set[str]:
     """Return the names of the weights of a network's hidden layers: from multiples of `width` channels to multiples.
 
-    The first and the last layers are none of these, nor are tables.
+    The first and the last layers are none of these, nor are tables. Raises UserError where there is no `width`.
     """
+    if not width:
+        raise UserError("dtype=int8: this network has no hidden_channels; type dtype=float16")
     layers = {f"{name}.weight": layer for name, layer in network.named_modules() if not isinstance(layer, nn.Embedding)}
     matrices = {name: weight for name, weight in network.named_parameters() if name in layers and weight.ndim > 1}
     return {name for name, weight in matrices.items() if not any(channels % width for channels in weight.shape[:2])}

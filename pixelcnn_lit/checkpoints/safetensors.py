@@ -15,7 +15,9 @@ from pixelcnn_lit.runs.atomic import atomic_write
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], hyper_parameters: dict[str, Any]) -> None:
-    """Weights and what rebuilds their model as safetensors, which any program can read."""
+    """Weights and what rebuilds their model as safetensors, which any program can read, and `load` by its name."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"out={path}: type a name that ends in .safetensors")
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     config = json.dumps(hyper_parameters)
     metadata = {"format": "pt", "hyper_parameters": config, "sha256": digest(weights, config)}
