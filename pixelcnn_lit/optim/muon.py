@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -56,22 +56,22 @@ class Muon(AdamW):
                 if p.ndim > 1 and p.grad is not None:
                     alike[p.shape].append(p)
                     gradients[p], p.grad = p.grad, None  # out of AdamW's sight
-            for matrices in alike.values():
-                self._step_alike(matrices, [gradients[p] for p in matrices], group["lr"], group["weight_decay"])
+            ahead = [self._ahead(matrices, [gradients[p] for p in matrices]) for matrices in alike.values()]
+            for matrices, directions in zip(alike.values(), orthogonal_factors(ahead), strict=True):
+                _move(matrices, directions, group["lr"], group["weight_decay"])
         super().step()
         for p, gradient in gradients.items():
             p.grad = gradient
         return loss
 
-    def _step_alike(self, matrices: list[Tensor], gradients: list[Tensor], lr: float, weight_decay: float) -> None:
-        """A step of matrices of one shape. `_foreach`: on a GPU one kernel for many, where a loop would start each."""
+    def _ahead(self, matrices: list[Tensor], gradients: list[Tensor]) -> Tensor:
+        """Update the averages of matrices of one shape; return what their steps are the orthogonal factors of.
+
+        `_foreach`: on a GPU one kernel for many, where a loop would start each.
+        """
         averages = [self._average(p) for p in matrices]
         torch._foreach_lerp_(averages, gradients, 1 - self.momentum)  # pyright: ignore[reportPrivateImportUsage]
-        ahead = torch.stack(gradients).lerp(torch.stack(averages), self.momentum).flatten(2)
-        directions = orthogonal_factor(ahead)
-        size = 0.2 * math.sqrt(max(directions.shape[1:]))
-        torch._foreach_mul_(matrices, 1 - lr * weight_decay)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_add_(matrices, directions.view(-1, *matrices[0].shape).unbind(), alpha=-lr * size)  # pyright: ignore[reportPrivateImportUsage]
+        return torch.stack(gradients).lerp(torch.stack(averages), self.momentum).flatten(2)
 
     def _average(self, p: Tensor) -> Tensor:
         """M, zero before the first step."""
@@ -80,27 +80,53 @@ class Muon(AdamW):
         return self.state[p]["exp_avg"]
 
 
-def orthogonal_factor(matrices: Tensor) -> Tensor:
-    """About U V^T for each U S V^T of [n,rows,columns]: singular vectors are kept, singular values become about 1.
+def _move(matrices: list[Tensor], directions: Tensor, lr: float, weight_decay: float) -> None:
+    size = 0.2 * math.sqrt(max(directions.shape[1:]))
+    torch._foreach_mul_(matrices, 1 - lr * weight_decay)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(matrices, directions.view(-1, *matrices[0].shape).unbind(), alpha=-lr * size)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def orthogonal_factors(shapes: Sequence[Tensor]) -> list[Tensor]:
+    """About U V^T for each U S V^T of each [n,rows,columns]: singular vectors are kept, singular values become about 1.
 
     Five steps of a Newton-Schulz iteration with the coefficients of Jordan et al., which grow small singular values
     fast rather than let any come to rest at 1: those above 1/500 of the Frobenius norm become 0.68 to 1.2, smaller ones
     485 times as large as they were, and zeros, as of masked weights, stay zeros. The polynomials of the iteration are
-    multiplied on the smaller side of the matrix, and meet the matrix once, at the end: a third of the time.
+    multiplied on the smaller side of the matrix, and meet the matrix once, at the end: a third of the time. Until then,
+    all matrices with the same smaller side are multiplied at once: they are small, and each call takes its time.
     """
+    scaled = [_scaled(matrices) for matrices in shapes]
+    grams = [x @ x.mT for x in scaled]
+    alike = defaultdict(list)
+    for n, gram in enumerate(grams):
+        alike[gram.shape[1], gram.dtype, gram.device].append(n)
+    products: dict[int, Tensor] = {}
+    for same in alike.values():
+        product = _iterated(torch.cat([grams[n] for n in same]))
+        products |= zip(same, product.split([len(grams[n]) for n in same]), strict=True)
+    factors = [products[n] @ x for n, x in enumerate(scaled)]
+    return [
+        (x if x.shape == matrices.shape else x.mT).to(matrices.dtype)
+        for x, matrices in zip(factors, shapes, strict=True)
+    ]
+
+
+def _scaled(matrices: Tensor) -> Tensor:
+    """Matrices with no more rows than columns, in float32 or more, and no singular value above 1."""
     x = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
-    wide = x.shape[1] <= x.shape[2]
-    x = x if wide else x.mT
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-12)  # no singular value is above 1
-    gram = x @ x.mT
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    x = x if x.shape[1] <= x.shape[2] else x.mT
+    return x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-12)
+
+
+def _iterated(gram: Tensor) -> Tensor:
+    """Return the product of the five polynomials, of X X^T [n,side,side]."""
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     product = polynomial = _polynomial(gram, identity)
     for _ in range(4):
         gram = polynomial @ gram @ polynomial
         polynomial = _polynomial(gram, identity)
         product = polynomial @ product
-    x = product @ x
-    return (x if wide else x.mT).to(matrices.dtype)
+    return product
 
 
 def _polynomial(gram: Tensor, identity: Tensor) -> Tensor:
