@@ -43,7 +43,7 @@ def main() -> None:
     directory = Path(sys.argv[1].removeprefix("check="))
     if not directory.is_dir():
         sys.exit(f"error: {directory}: no such directory")
-    if str(directory) != sys.argv[1]:
+    if sys.argv[1].startswith("check="):
         from pixelcnn_lit.codec.entry import check_all  # not above: tables need no torch
 
         check_all(directory)

@@ -282,7 +282,7 @@ def test_what_an_encoding_cannot_hold_is_replaced(tmp_path, monkeypatch, encodin
     atomic_write_text(tmp_path / "job" / "hydra" / "hydra.yaml", "hydra: {job: {config_name: train}}")
     atomic_write_text(tmp_path / "job" / "hydra" / "overrides.yaml", "[]")
     atomic_write_text(tmp_path / "job" / "error.txt", "1×8: no")
-    monkeypatch.setattr(sys, "argv", ["summarize", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["summarize", f"{tmp_path}/"])
     pixelcnn_lit.summarize.main()
     assert "1?8: no" in sys.stdout.text()
 
