@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pixelcnn_lit.codec.coder import decompress
 from pixelcnn_lit.config.errors import UserError
@@ -53,22 +54,23 @@ def check(run: Path) -> str:
         raise UserError(f"check={where}: result.json is of {images}, here are {found}")
     if scored != len(test):
         raise UserError(f"check={where}: result.json is of {scored} images, the test set has {len(test)}")
-    bpd = _bpd(model, test)
+    bpd_of_each = _bpd_of_each(model, test)
+    bpd = float(bpd_of_each.mean())
     if not abs(bpd - claimed) <= TOLERANCE:
         raise UserError(f"check={where}: test {bpd:.4f} bpd, but result.json says {claimed:.4f}")
     restored = decompress(model, proof, f"check={where}: {PROOF}")
     first = test[: len(restored)].held()
     if len(restored) < min(AT_LEAST, len(test)) or not torch.equal(restored.x, first.x):
         raise UserError(f"check={where}: {PROOF} must hold the first {AT_LEAST} test images, or more")
-    in_file, by_model = 8 * len(proof) / (len(restored) * model.dims), _bpd(model, first)
+    in_file, by_model = 8 * len(proof) / (len(restored) * model.dims), bpd_of_each[: len(restored)].mean()
     return (
         f"{where}: test {bpd:.4f} bpd on {found}, as result.json says; {len(restored)} of them restored to the bit "
         f"from {in_file:.4f} bits per dimension ({by_model:.4f} by the model)"
     )
 
 
-def _bpd(model: Density, images: Split) -> float:
+def _bpd_of_each(model: Density, images: Split) -> Tensor:
     device = model.device
     parts = progress(images.parts(BATCH), desc="scoring")
     nats = torch.cat([model.nats(part.x.to(device), part.y.to(device)).double().cpu() for part in parts])
-    return float(bits(nats.mean())) / model.dims
+    return bits(nats) / model.dims

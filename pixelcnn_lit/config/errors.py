@@ -23,6 +23,8 @@ from omegaconf.errors import (
 
 from pixelcnn_lit.config.quoting import quoted, read
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class UserError(ValueError):
     """A mistake the user can mend; its text is the one line to show, whatever a damaged file put into it."""
@@ -34,9 +36,6 @@ class UserError(ValueError):
 def printable(text: str) -> str:
     """A text as one line, with a space for each control character."""
     return "".join(c if c.isprintable() else " " for c in text)
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def suggest(word: str, words: Iterable[str]) -> str:

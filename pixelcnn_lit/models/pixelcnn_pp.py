@@ -337,8 +337,9 @@ class GatedBlockStepper:
 class PixelBlock(nn.Module):
     """x + W relu(V norm(x))², within each pixel: [B,C,...] -> the same; the identity at the start.
 
-    A wide layer at each pixel costs less than a convolution, and lowers the loss more. Blocks of 1×1 convolutions did
-    so for Zhang, Zhang, McDonagh 2021 (arXiv 2109.02639). The squared ReLU: So et al. 2021, Primer (arXiv 2109.08668).
+    It costs less than a pair of blocks at full resolution, and lowered the loss more (conf/experiment/README.md).
+    Blocks of 1×1 convolutions did so for Zhang, Zhang, McDonagh 2021 (arXiv 2109.02639). The squared ReLU: So et al.
+    2021, Primer (arXiv 2109.08668).
     """
 
     def __init__(self, channels: int, expansion: int) -> None:
