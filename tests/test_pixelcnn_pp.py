@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import check_no_future, check_receptive_field, make
 
+from pixelcnn_lit.models.pixelcnn_pp import concat_elu
 from pixelcnn_lit.nn.wavefronts import steps
 
 
@@ -50,3 +51,16 @@ def test_step_equals_forward_at_every_stage(n_residual):
                 error = stepper.step(previous, at) - features[:, :, at.row, at.column]
                 assert error.abs().max() <= 1e-12 * features.abs().max()
                 previous = x[:, :, at.row, at.column]
+
+
+def test_compiled_concat_elu_is_the_same():
+    x = torch.tensor([[-50.0, -1.0, -1e-9, -0.0, 0.0, 1e-9, 2.0, 50.0]], dtype=torch.float64)
+    weights = torch.randn(1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    of = []
+    for function in (concat_elu, torch.compile(concat_elu, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        (y * weights).sum().backward()
+        of.append((y.detach(), leaf.grad))
+    for eager, compiled in zip(*of, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-15)
