@@ -10,8 +10,11 @@ if __name__ == "__main__":
 
 import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any
 
@@ -28,11 +31,13 @@ from pixelcnn_lit.codec.format import MAX_BATCH
 from pixelcnn_lit.config.build import build
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.density import Density
+from pixelcnn_lit.density.load import load
+from pixelcnn_lit.density.warm_start import parts_of
 from pixelcnn_lit.nn.layers import CausalConv2d
 from pixelcnn_lit.nn.wavefronts import steps
 from pixelcnn_lit.runs.atomic import atomic_write_text
 from pixelcnn_lit.runs.machine import Threads, best_device, cores, fast_bf16, on_threads, step_work, take_threads
-from pixelcnn_lit.runs.run_dir import relative, run_dir
+from pixelcnn_lit.runs.run_dir import relative, run_dir, typed
 from pixelcnn_lit.runs.terminal import progress
 from pixelcnn_lit.samplers.draw import half_precision
 from pixelcnn_lit.samplers.pick import picker
@@ -43,6 +48,7 @@ CACHED_STEPS = 32  # likewise
 PUBLISHED = "as published"
 Timed = dict[str, Callable[[], Any]]
 Size = Annotated[int, Ge(1)]
+BatchSize = Annotated[int, Interval(ge=1, le=MAX_BATCH)]
 
 
 def main(
@@ -51,32 +57,62 @@ def main(
     optimizer: dict[str, Any],
     image_shape: tuple[Size, Size, Size],
     levels: Annotated[int, Interval(ge=2, le=256)],
-    batch_size: Annotated[int, Interval(ge=1, le=MAX_BATCH)],
+    ckpt: str | None,
+    batch_size: BatchSize | list[BatchSize],
     rounds: Annotated[int, Ge(1)],
     compile: bool,
+    busy: bool,
     threads: Threads,
 ) -> None:
     to_sample = take_threads(threads)
     device = best_device()
     facts: dict[str, Any] = {"image_shape": image_shape, "levels": levels, "num_classes": 10, "class_names": []}
     torch.manual_seed(0)
-    density = Density(model=model, likelihood=likelihood, **facts).to(device)
-    density.to(memory_format=torch.channels_last)
-    x = torch.randint(levels, (batch_size, *image_shape), dtype=torch.uint8, device=device)
-    y = torch.arange(batch_size, device=device) % 10
-    sampling = sampling_rows(density, x, y, rounds)
-    published = as_published(density)
-    to_train = take_threads(threads, step_work(density, image_shape, batch_size))
-    seconds = medians(training_steps(density, published, optimizer, x, y, compile), rounds)
-    tables = {"training": training_rows(density, published, x, y, seconds), "sampling": sampling}
-    if device.type == "cpu" and cores() > 1:
-        tables["threads"] = threads_rows(density, optimizer, x, y, rounds)
+    density = trained(ckpt) if ckpt else Density(model=model, likelihood=likelihood, **facts)
+    density.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    first, *others = batch_size if isinstance(batch_size, list) else [batch_size]
+    x, y = batch(density, first)
+    with foreign_load(cores() if busy else 0):
+        sampling = sampling_rows(density, x, y, rounds)
+        tables = {f"sampling, batch {n}": sampling_rows(density, *batch(density, n), rounds) for n in others}
+        published = as_published(density)
+        to_train = take_threads(threads, step_work(density, density.image_shape, first))
+        seconds = medians(training_steps(density, published, optimizer, x, y, compile), rounds)
+        tables = {"training": training_rows(density, published, x, y, seconds), "sampling": sampling, **tables}
+        if device.type == "cpu" and cores() > 1:
+            tables["threads"] = threads_rows(density, optimizer, x, y, rounds)
     head = {"device": device_name(device), "threads to train": to_train, "threads to sample": to_sample}
-    head |= {"torch": torch.__version__, "parameters": sum(p.numel() for p in density.parameters())}
-    head |= {"batch_size": batch_size, "image_shape": list(image_shape)}
+    head |= {"torch": torch.__version__, "weights": ckpt or "untrained", "busy": busy}
+    head |= {"parameters": sum(p.numel() for p in density.parameters())}
+    head |= {"batch_size": first, "image_shape": list(density.image_shape)}
     atomic_write_text(run_dir() / "benchmark.json", json.dumps({**head, **tables}, indent=2))
     print(", ".join(f"{key} {value}" for key, value in head.items()))
-    print(*map(table, tables.values()), relative(run_dir() / "benchmark.json"), sep="\n")
+    print(*(table(name, rows) for name, rows in tables.items()), relative(run_dir() / "benchmark.json"), sep="\n")
+
+
+def trained(ckpt: str) -> Density:
+    """Return the model of a checkpoint. Raises UserError where another was typed."""
+    density = load(ckpt)
+    parts_of(density, typed(), "ckpt", also=("image_shape", "levels"))
+    return density
+
+
+def batch(density: Density, n: int) -> tuple[Tensor, Tensor]:
+    """Return n random images of a model and classes in turn, on its device."""
+    x = torch.randint(density.levels, (n, *density.image_shape), dtype=density.level_dtype, device=density.device)
+    return x, torch.tensor(density.classes, device=density.device).repeat(n)[:n]
+
+
+@contextmanager
+def foreign_load(processes: int) -> Iterator[None]:
+    """So many other processes that each keep a core busy meanwhile."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def medians(timed: Timed, rounds: int) -> dict[str, float]:
@@ -303,8 +339,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
+def table(name: str, rows: dict[str, dict[str, float]]) -> str:
     columns = list(next(iter(rows.values())))
-    lines = [" " * 26 + "".join(f"{column:>24}" for column in columns)]
+    lines = [f"{name:<26}" + "".join(f"{column:>24}" for column in columns)]
     lines += [f"{name:<26}" + "".join(f"{row[column]:>24.4g}" for column in columns) for name, row in rows.items()]
     return "\n".join(lines)

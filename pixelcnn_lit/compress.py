@@ -24,7 +24,7 @@ from pixelcnn_lit.data.pictures import class_folders, picture_files, read_all, r
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import atomic_write
-from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, take_threads
+from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.terminal import progress
 
@@ -49,8 +49,9 @@ def main(
             given = of_split(model, images, ckpt, dataset)[:n_images].held()
         else:
             given = of_file(model, images, n_images, batch_size)
-        say_threads(model.device, threads)
-        done = compress(model, given, batch_size)
+        processes = processes_of(threads)
+        say_threads(model.device, threads, processes)
+        done = compress(model, given, batch_size, processes)
         file.write(done.content)
     if len(given):
         print(report(model, given, len(done.content), done.model_bits, done.class_bits))

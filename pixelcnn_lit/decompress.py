@@ -15,7 +15,7 @@ from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.pictures import class_folders, to_pil
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import atomic_write
-from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, take_threads
+from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.terminal import progress
 
@@ -33,8 +33,9 @@ def main(ckpt: str, file: str, out: str, threads: Threads) -> None:
     written_with = parse(model, content, f"file={file}")[0].threads
     if threads not in (None, written_with):
         raise UserError(f"threads={threads}: {file} was written with {written_with}, as it is read; leave threads out")
-    say_threads(model.device, written_with)
-    images = decompress(model, content, f"file={file}")
+    processes = processes_of(written_with)
+    say_threads(model.device, written_with, processes)
+    images = decompress(model, content, f"file={file}", processes)
     if out.endswith(".npz"):
         with atomic_write(Path(out)) as target:
             np.savez(target, images=images.x.permute(0, 2, 3, 1).numpy(), labels=images.y.numpy())

@@ -8,6 +8,7 @@ from pixelcnn_lit.runs.launch import launch
 if __name__ == "__main__":
     launch("sample")
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
 from pixelcnn_lit.runs.pace import Pace
 from pixelcnn_lit.runs.run_dir import relative, run_dir
+from pixelcnn_lit.runs.signals import Stopped
 
 FRAMES = 60
+PARTS = "samples.parts"  # finished batches: the same command with the same run_dir takes them up
 
 
 def main(
@@ -33,14 +36,20 @@ def main(
     directory, filling, pace = run_dir(), Filling(), Pace()
     processes = 1 if gif else processes_of(threads)
     say_threads(model.device, threads, processes)
-    watch = filling if gif else None
-    images = model.draw(sampler, asked, threads, watch=watch, progress=True, processes=processes, pace=pace).cpu()
+    given: dict[str, Any] = {"watch": filling} if gif else {"parts": directory / PARTS}
+    try:
+        images = model.draw(sampler, asked, threads, **given, progress=True, processes=processes, pace=pace).cpu()
+    except Stopped:
+        if (directory / PARTS).is_dir():
+            print(f"finished batches are kept; to go on, type the same with run_dir={relative(directory)}")
+        raise
     names = model.called(asked)
     save(grid(images, model.levels, names), directory / "samples.png")
     if gif:
         animate([grid(frame, model.levels, names) for frame in [*filling.frames, images]], directory / "samples.gif")
     pixels, labels = images.flatten(0, 1).permute(0, 2, 3, 1), np.repeat(asked, images.shape[1])
     np.savez(directory / "samples.npz", images=pixels.numpy(), labels=labels)
+    shutil.rmtree(directory / PARTS, ignore_errors=True)
     print(
         f"{len(pixels)} images of {', '.join(names)}{pace}: "
         f"{relative(directory / 'samples.png')} and samples.npz beside it"

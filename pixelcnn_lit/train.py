@@ -70,7 +70,7 @@ def train(
     trained = load(str(checkpoint_file(init, "init"))) if init and not run.start else None
     if trained:
         parts |= parts_of(trained, overrides)
-    density = Density(**data.facts, label=data.label, dataset=dataset, **parts)
+    density = Density(**data.facts, label=data.label, dataset=dataset, poses=data.poses, **parts)
     if trained:
         rank_zero_only(print)(f"init={init}: {taken_over(density, trained)}")
     print_summary(density)

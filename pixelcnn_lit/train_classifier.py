@@ -54,6 +54,8 @@ def train(
     data.setup()
     if len(data.class_names) < 2:
         raise UserError(f"dataset: {data.label} has one class, and a classifier tells two or more apart; type another")
+    if data.poses > 1:
+        raise UserError(f"dataset.poses={data.poses}: classifiers are told no pose; type dataset.horizontal_flip=true")
     L.seed_everything(seed, workers=True, verbose=False)
     mean, std = ([value / (data.levels - 1) for value in values] for values in channel_statistics(data.train))
     std = [value or 1.0 for value in std]  # a channel that is the same everywhere becomes zeros

@@ -21,7 +21,7 @@ from pixelcnn_lit.data import official
 from pixelcnn_lit.data.datamodule import ImageData
 from pixelcnn_lit.data.images import Split, carve, fingerprint, first_of_each_class
 from pixelcnn_lit.data.loader import Batches
-from pixelcnn_lit.data.transforms import crop, flip
+from pixelcnn_lit.data.transforms import crop, flip, pose
 
 
 def test_digits_are_split_1297_250_250_without_overlap():
@@ -135,6 +135,45 @@ def test_a_crop_is_a_shift_and_a_flip_a_mirror():
     flipped = flip(x, torch.Generator().manual_seed(0))
     kinds = {tuple(image.flatten().tolist()) for image in flipped}
     assert kinds == {tuple(x[0].flatten().tolist()), tuple(x[0].flip(-1).flatten().tolist())}
+
+
+def test_each_pose_is_told_in_the_class_and_scored_images_are_in_none():
+    data = open_data("dataset.poses=8", "dataset.batch_size=64", "dataset.num_workers=0")
+    upright = {(image.numpy().tobytes(), int(label)) for image, label in zip(data.train.x, data.train.y, strict=True)}
+    met = set()
+    for x, y in data.train_dataloader():
+        for image, told in zip(x, y, strict=True):
+            pose, label = divmod(int(told), 10)
+            back = torch.rot90(image, -(pose // 2), (-2, -1))
+            back = back.flip(-1) if pose % 2 else back
+            assert (back.contiguous().numpy().tobytes(), label) in upright
+            met.add(pose)
+    assert met == set(range(8))
+    assert data.label.endswith("trained in 8 poses")
+    assert torch.equal(torch.cat([x for x, _ in data.test_dataloader()]), data.test.x)
+    assert torch.equal(torch.cat([y for _, y in data.test_dataloader()]), data.test.y)
+
+
+def test_the_poses_of_an_image_are_the_symmetries_of_a_square():
+    x = torch.arange(9, dtype=torch.uint8).reshape(1, 1, 3, 3).repeat(200, 1, 1, 1)
+    y = torch.full((200,), 4)
+    for poses in (1, 2, 8):
+        posed, told = pose(x, y, torch.Generator().manual_seed(0), poses, num_classes=10)
+        each = {int(one): posed[told == one].flatten(1).unique(dim=0).tolist() for one in told.unique()}
+        assert sorted(each) == [4 + 10 * n for n in range(poses)]
+        assert len({tuple(only) for (only,) in each.values()}) == poses
+    assert each[4] == [list(range(9))]
+    assert each[14] == [[2, 1, 0, 5, 4, 3, 8, 7, 6]]
+    assert torch.equal(x[0, 0].flatten(), torch.arange(9).to(torch.uint8)), "the images that were given are unchanged"
+
+
+def test_poses_that_nobody_could_be_told_are_refused(tmp_path):
+    save_npz(tmp_path / "x.npz")
+    own = ["dataset=npz", f"dataset.path={tmp_path}/x.npz", f"run_dir={tmp_path}/run"]
+    assert "6×5 is not square; type 2" in refused("train", *own, "dataset.poses=8")
+    assert "type conditional=true, or dataset.poses=1" in refused("train", *own, "dataset.poses=2", "conditional=false")
+    assert "classifiers are told no pose" in refused("train_classifier", *own, "dataset.poses=2")
+    assert "dataset.poses" in refused("train", *own, "dataset.poses=3")
 
 
 def test_npz_images_arrive_channels_first_with_their_names(tmp_path):

@@ -1,17 +1,18 @@
 """Sampling is a function of noise (law 5), whatever steers it."""
 
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, product
 
 import pytest
 import torch
-from tiny import EACH_ONCE, NETWORKS, PAIRS, make, set_dropout
+from tiny import EACH_ONCE, NETWORKS, PAIRS, density, make, set_dropout
 
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.models.protocols import SteppableNetwork
 from pixelcnn_lit.nn.noise import uniform
 from pixelcnn_lit.nn.wavefronts import At, steps
-from pixelcnn_lit.samplers.draw import Request, _keys, draw
+from pixelcnn_lit.samplers.draw import Drawing, Request, _keys, draw
 from pixelcnn_lit.samplers.pick import inverse_cdf, sharpened
 from pixelcnn_lit.samplers.walk import GuidedModel, eval_mode, fixed_point
 
@@ -236,6 +237,38 @@ def test_a_network_that_sees_the_future_has_no_fixed_point_in_time():
     canvas = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
     with pytest.raises(AssertionError, match="not causal"):
         fixed_point(GuidedModel(model, torch.tensor([0])), lambda logits, c, pixels: logits.argmax(1), canvas)
+
+
+def test_a_drawing_that_was_cut_off_continues_with_what_is_missing(tmp_path, monkeypatch):
+    model, whole = make("pixelcnn", "categorical", SHAPE), Drawing.fill
+    request = Request(model, torch.tensor([0, 2]), parts=tmp_path)
+    own = {"n_per_class": 4, "batch_size": 2}
+    plain = draw(replace(request, parts=None), **own)
+    filled = []
+
+    def fill(self, canvas, batch, watch=None):
+        if len(filled) == 3:
+            raise KeyboardInterrupt
+        filled.append(batch.keys)
+        whole(self, canvas, batch, watch)
+
+    def batches_drawn(request, **changed):
+        filled.clear()
+        with suppress(KeyboardInterrupt):
+            images = draw(request, **own | changed)
+            assert changed or request.density is not model or torch.equal(images, plain)
+        return len(filled)
+
+    monkeypatch.setattr(Drawing, "fill", fill)
+    assert batches_drawn(request) == 3
+    damaged, *others = sorted(tmp_path.iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-60])
+    assert len(others) == 2
+    assert batches_drawn(request) == 2, "the damaged one, and the one that was never drawn"
+    assert batches_drawn(request) == 0
+    for other in ({"seed": 1}, {"temperature": 0.5}, {"guidance_scale": 2.0}, {"batch_size": 3}):
+        assert batches_drawn(request, **other) == 3, other
+    assert batches_drawn(replace(request, density=density("pixelcnn", "categorical", SHAPE, levels=3))) == 3
 
 
 def test_walking_restores_the_mode_of_every_part():

@@ -359,6 +359,18 @@ def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeyp
     assert (result["threads to train"], result["threads to sample"]) == (1, 1)
 
 
+def test_the_benchmark_of_a_checkpoint_measures_its_model_at_each_batch_size(tmp_path, capsys):
+    one_run(tmp_path / "run")
+    own = [f"ckpt={tmp_path}/run", "batch_size=[3,1]", "rounds=1", "busy=true"]
+    command("benchmark", *own, f"run_dir={tmp_path}/out")
+    result = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert result["image_shape"] == [1, 8, 8]
+    assert (result["weights"], result["busy"], result["batch_size"]) == (f"{tmp_path}/run", True, 3)
+    assert "sampling, cached" in result["sampling, batch 1"]
+    assert "weights" in capsys.readouterr().out
+    assert "levels=3: ckpt=... already determines" in refused("benchmark", *own, "levels=3", f"run_dir={tmp_path}/no")
+
+
 def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_work():
     model = density("pixelcnn_published", "categorical", (1, 6, 6), n_residual=2).double()
     x, y = torch.randint(17, (2, 1, 6, 6), dtype=torch.uint8), torch.tensor([0, 2])
@@ -524,22 +536,6 @@ def test_a_first_step_may_take_all_the_time():
     optimizer.step()
     scheduler.step()
     assert 0 < scheduler.get_last_lr()[0] < 0.5
-
-
-def test_early_images_are_cropped_and_all_others_whole(tmp_path, monkeypatch):
-    sizes, forward = {True: [], False: []}, Density.forward
-
-    def watched(self, x, y):
-        sizes[self.training].append(x.shape[2:])
-        return forward(self, x, y)
-
-    monkeypatch.setattr(Density, "forward", watched)
-    command("train", *TINY, "trainer.max_steps=4", "crop=3", "crop_until=0.75", f"run_dir={tmp_path}")
-    assert sizes[True] == [(2, 2)] * 3 + [(8, 8)]
-    assert set(sizes[False]) == {(8, 8)}
-    assert "of images (1, 8, 8); type crop=0" in refused("train", *TINY, "crop=4", f"run_dir={tmp_path}/all")
-    fixed = refused("train", *TINY, "model=pixel_attention", "crop=1", f"run_dir={tmp_path}/fixed")
-    assert "reads images of its own size alone" in fixed
 
 
 @pytest.mark.long

@@ -3,16 +3,17 @@
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import constriction
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
-from tqdm import tqdm
 
 from pixelcnn_lit.codec.format import (
     BITS,
@@ -22,16 +23,20 @@ from pixelcnn_lit.codec.format import (
     Header,
     class_bits,
     images_digest,
+    joined,
     model_digest,
     parse,
     platform_tag,
+    taken_apart,
 )
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.runs.machine import on_threads
 from pixelcnn_lit.runs.terminal import progress
-from pixelcnn_lit.samplers.walk import GuidedModel, Pick, eval_mode, walk
+from pixelcnn_lit.runs.workers import share
+from pixelcnn_lit.samplers.draw import picklable
+from pixelcnn_lit.samplers.walk import GuidedModel, Pick, Watch, eval_mode, walk
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS promises no order of sums
 
@@ -47,31 +52,97 @@ class Compressed(NamedTuple):
     class_bits: float
 
 
-def compress(model: Density, images: Split, batch_size: int) -> Compressed:
-    """Images uint8 [N,C,H,W] of classes int64 [N]; those do not matter to a model that was trained without."""
-    encoder, bits = stream.queue.RangeEncoder(), 0.0
-    if len(model.classes) == 1:
-        images = Split(images.x, torch.full_like(images.y, model.classes[0]))
-    elif len(images):
-        encoder.encode(images.y.numpy().astype(np.int32), stream.model.Uniform(len(model.classes)))
+class Stream(NamedTuple):
+    """A batch as the words of a range coder, uint32, and its bits by the model, of which a reader knows nothing."""
 
-    def write(x: Tensor) -> Pick:
+    words: np.ndarray
+    images: int
+    model_bits: float = 0.0
+
+
+Done = TypeVar("Done", Stream, Split)
+
+
+@dataclass(frozen=True)
+class Coder:
+    """What writes and reads a batch, which is a stream of its own."""
+
+    model: Density
+    threads: int
+
+    def write(self, images: Split, watch: Watch | None = None) -> Stream:
+        """Images uint8 [B,C,H,W] and their classes, if the model knows more than one."""
+        encoder, bits = stream.queue.RangeEncoder(), 0.0
+        given = images.x.to(self.model.device).flatten(2)
+        if len(self.model.classes) > 1:
+            encoder.encode(images.y.numpy().astype(np.int32), stream.model.Uniform(len(self.model.classes)))
+
         def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
             nonlocal bits
-            levels = x[:, c, pixels]
+            levels = given[:, c, pixels]
             bits -= float(logits.gather(1, levels[:, None].to(logits.device, torch.int64)).sum()) / math.log(2)
             encoder.encode(levels.flatten().cpu().numpy().astype(np.int32), FAMILY, frequencies(logits))
             return levels
 
-        return pick
+        self._walk(images.y, pick, watch)
+        return Stream(encoder.get_compressed(), len(images), bits)
 
-    with _bar(len(images), model, "compressing") as bar:
-        for first in range(0, len(images), batch_size):
-            part = images[first : first + batch_size]
-            canvas = torch.zeros_like(part.x, device=model.device)
-            given = part.x.to(model.device).flatten(2)
-            _walk(model, part.y, canvas, write(given), torch.get_num_threads(), bar)
-    payload, text = encoder.get_compressed().tobytes(), platform_tag(model.device).encode()
+    def read(self, written: Stream, watch: Watch | None = None) -> Split:
+        """The images and classes of a stream. Raises AssertionError where these probabilities cannot have written it.
+
+        No more memory is asked for than by the images of one batch.
+        """
+        decoder = stream.queue.RangeDecoder(written.words)
+        y = torch.full((written.images,), self.model.classes[0])
+        if len(self.model.classes) > 1:
+            y = torch.from_numpy(decoder.decode(stream.model.Uniform(len(self.model.classes)), written.images)).long()
+
+        def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
+            levels = torch.from_numpy(decoder.decode(FAMILY, frequencies(logits)))
+            return levels.view(len(logits), -1).to(self.model.device, self.model.level_dtype)
+
+        return Split(self._walk(y, pick, watch), y)
+
+    def _walk(self, y: Tensor, pick: Pick, watch: Watch | None) -> Tensor:
+        """Go through images of classes y as the cached sampler does, and return them."""
+        model = self.model
+        canvas = torch.zeros(len(y), *model.image_shape, dtype=model.level_dtype, device=model.device)
+        in_float32 = torch.autocast(model.device.type, enabled=False)
+        with on_threads(self.threads), _same_bits(), eval_mode(model), in_float32, parametrize.cached():
+            walk(GuidedModel(model, y.to(model.device)), pick, canvas, stepwise=model.can_step, watch=watch)
+        return canvas.cpu()
+
+    def of_all(
+        self, kind: Callable[..., Done], tasks: Sequence[Split | Stream], processes: int, what: str
+    ) -> list[Done]:
+        """Return what `write` or `read` makes of each batch, of which several processes may take their share."""
+        done: dict[int, Done] = {}
+        images = [len(task) if isinstance(task, Split) else task.images for task in tasks]
+        pixels = math.prod(self.model.image_shape[1:])
+
+        def here(n: int) -> None:
+            done[n] = kind(self, tasks[n], lambda pixels: bar.update(images[n] * pixels))
+
+        def arrived(n: int, answer: Done) -> None:
+            done[n] = answer
+            bar.update(images[n] * pixels)
+
+        there = None
+        if processes > 1 and self.model.device.type == "cpu":
+            with on_threads(self.threads):
+                there = partial(kind, replace(self, model=picklable(self.model)))
+        with progress(total=sum(images) * pixels, unit=" pixels", unit_scale=True, desc=what) as bar:
+            share(tasks, here, there, arrived, processes)
+        return [done[n] for n in range(len(tasks))]
+
+
+def compress(model: Density, images: Split, batch_size: int, processes: int = 1) -> Compressed:
+    """Images uint8 [N,C,H,W] of classes int64 [N]; those do not matter to a model that was trained without."""
+    if len(model.classes) == 1:
+        images = Split(images.x, torch.full_like(images.y, model.classes[0]))
+    coder = Coder(model, torch.get_num_threads())
+    streams = coder.of_all(Coder.write, [part.held() for part in images.parts(batch_size)], processes, "compressing")
+    payload, text = joined([each.words for each in streams]), platform_tag(model.device).encode()
     channels, height, width = model.image_shape
     header = Header(
         weights=model_digest(model),
@@ -81,41 +152,31 @@ def compress(model: Density, images: Split, batch_size: int) -> Compressed:
         largest=model.levels - 1,
         images=len(images),
         batch_size=batch_size,
-        threads=torch.get_num_threads(),
+        threads=coder.threads,
         payload_bytes=len(payload),
         payload_crc=zlib.crc32(payload),
         digest=images_digest(images),
         text_bytes=len(text),
     )
     head = MAGIC + HEADER.pack(*header) + text
-    return Compressed(head + CRC.pack(zlib.crc32(head)) + payload, bits, len(images) * class_bits(model))
+    content = head + CRC.pack(zlib.crc32(head)) + payload
+    return Compressed(content, sum(each.model_bits for each in streams), len(images) * class_bits(model))
 
 
-def decompress(model: Density, content: bytes, where: str) -> Split:
+def decompress(model: Density, content: bytes, where: str, processes: int = 1) -> Split:
     """The images in the `content` of a file. Raises UserError, naming it as `where`, unless they are those written."""
     header, payload = parse(model, content, where)
-    decoder = stream.queue.RangeDecoder(np.frombuffer(payload, dtype=np.uint32))
-
-    def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
-        levels = torch.from_numpy(decoder.decode(FAMILY, frequencies(logits)))
-        return levels.view(len(logits), -1).to(model.device, model.level_dtype)
-
+    full, rest = divmod(header.images, header.batch_size)
+    sizes = [header.batch_size] * full + [rest] * bool(rest)
+    streams = [Stream(words, n) for words, n in zip(taken_apart(payload, len(sizes), where), sizes, strict=True)]
     differs = UserError(f"{where}: this machine computes other probabilities than the one that wrote it")
-    x, y, classes = [], [], torch.zeros(0, dtype=torch.int64)
     try:
-        if len(model.classes) > 1 and header.images:
-            classes = torch.from_numpy(decoder.decode(stream.model.Uniform(len(model.classes)), header.images)).long()
-        with _bar(header.images, model, "decompressing") as bar:
-            for first in range(0, header.images, header.batch_size):  # no more memory than what has been read
-                n = min(header.batch_size, header.images - first)
-                y.append(classes[first : first + n] if len(classes) else torch.full((n,), model.classes[0]))
-                canvas = torch.zeros(n, *model.image_shape, dtype=model.level_dtype, device=model.device)
-                _walk(model, y[-1], canvas, pick, header.threads, bar)
-                x.append(canvas.cpu())
+        read = Coder(model, header.threads).of_all(Coder.read, streams, processes, "decompressing")
     except AssertionError:  # constriction's, of bits that nothing could have written under such probabilities
         raise differs from None
+    x, y = [part.x for part in read], [part.y for part in read]
     none = torch.zeros(0, *model.image_shape, dtype=model.level_dtype)
-    images = Split(torch.cat([none, *x]), torch.cat([classes[:0], *y]))
+    images = Split(torch.cat([none, *x]), torch.cat([torch.zeros(0, dtype=torch.int64), *y]))
     if images_digest(images) != header.digest:
         raise differs
     return images
@@ -126,18 +187,6 @@ def frequencies(logits: Tensor) -> np.ndarray:
     levels = logits.shape[1]
     p = logits.movedim(1, -1).softmax(-1)  # levels last, as likelihoods have them in memory
     return p.mul_(2**BITS - levels).floor_().add_(1).reshape(-1, levels).cpu().numpy()
-
-
-def _bar(images: int, model: Density, what: str) -> tqdm:
-    pixels = images * math.prod(model.image_shape[1:])
-    return progress(total=pixels, unit=" pixels", unit_scale=True, desc=what)
-
-
-def _walk(model: Density, y: Tensor, canvas: Tensor, pick: Pick, threads: int, bar: tqdm) -> None:
-    in_float32 = torch.autocast(model.device.type, enabled=False)
-    with on_threads(threads), _same_bits(), eval_mode(model), in_float32, parametrize.cached():
-        guided = GuidedModel(model, y.to(model.device))
-        walk(guided, pick, canvas, stepwise=model.can_step, watch=lambda pixels: bar.update(len(y) * pixels))
 
 
 @contextmanager

@@ -6,21 +6,24 @@ So writer and reader must compute the same probabilities to the bit. The file sa
 elsewhere; and it holds a digest of the images, so that nothing wrong is ever returned.
 
 A file, little-endian:
-    4 bytes    b"PLC1", format and version
+    4 bytes    b"PLC2", format and version
     header     HEADER, below
     n bytes    where it was written: device, its instructions, torch, constriction; ASCII
     uint32     CRC-32 of all that precedes
-    payload    32-bit words of the range coder: the classes of all images, each as likely as the others, and then,
-               batch by batch and step by step, channel by channel: image by image, pixel by pixel of a wavefront
+    payload    uint32 for each batch: the words of its stream; and then all streams. A stream is 32-bit words of the
+               range coder: the classes of the batch, each as likely as the others, and then, step by step and channel
+               by channel: image by image, pixel by pixel of a wavefront
 """
 
 import hashlib
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pixelcnn_lit.config.errors import UserError
@@ -28,7 +31,7 @@ from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.runs.machine import MOST_THREADS
 
-MAGIC = b"PLC1"
+MAGIC = b"PLC2"
 # Digest of weights and settings; channels, height, width, largest level; images; images a batch; threads; payload's
 # bytes and CRC-32; digest of the images; length of the text that follows.
 HEADER = struct.Struct("<16s4HI2HII16sB")
@@ -81,6 +84,21 @@ def parse(model: Density, content: bytes, where: str) -> tuple[Header, bytes]:
     if text.decode("ascii", "replace") != platform_tag(model.device):
         raise UserError(f"{where}: written on {text.decode('ascii', 'replace')}, here is {platform_tag(model.device)}")
     return header, payload
+
+
+def joined(streams: Sequence[np.ndarray]) -> bytes:
+    """Return the payload of streams, of uint32 each."""
+    lengths = np.array([len(words) for words in streams], dtype="<u4")
+    return b"".join(words.astype("<u4").tobytes() for words in (lengths, *streams))
+
+
+def taken_apart(payload: bytes, n: int, where: str) -> list[np.ndarray]:
+    """Return the n streams of a payload. Raises UserError where it has others."""
+    words = np.frombuffer(payload, dtype="<u4").astype(np.uint32)
+    lengths, streams = words[:n].astype(np.int64), words[n:]
+    if len(lengths) < n or lengths.sum() != len(streams):
+        raise UserError(f"{where}: damaged or cut off; copy it again")
+    return np.split(streams, lengths.cumsum()[:-1]) if n else []
 
 
 def platform_tag(device: torch.device) -> str:

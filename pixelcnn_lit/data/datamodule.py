@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning as L
+import torch
 from annotated_types import Ge, Interval
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
@@ -18,8 +19,8 @@ from pixelcnn_lit.config.build import check, resolve
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.arrays import write_arrays
 from pixelcnn_lit.data.images import Changed, Images, Split, carve, fingerprint, verify
-from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, augmented, loader
-from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, requantize, resize
+from pixelcnn_lit.data.loader import Augmentation, Batches, Gather, LazyLoader, Posing, augmented, loader
+from pixelcnn_lit.data.transforms import binarize, binarize_by_index, crop, flip, pad, pose, requantize, resize
 from pixelcnn_lit.runs.run_dir import expanded, plain_name
 from pixelcnn_lit.runs.saved import data_places
 
@@ -37,6 +38,7 @@ class ImageData(L.LightningDataModule):
         validation_fraction: of the training images, where the source has no validation split; 0 leaves none.
         levels: requantize to so many levels; 2 binarizes, by threshold ("static") or by chance ("dynamic").
         resize, pad, horizontal_flip, random_crop: each changes the label, as fewer levels and no validation do.
+        poses: train on images in so many: 2 also mirrored, 8 also turned; a density model is told which.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class ImageData(L.LightningDataModule):
         pad: Annotated[int, Ge(0)] = 0,
         horizontal_flip: bool = False,
         random_crop: Annotated[int, Ge(0)] = 0,
+        poses: Literal[1, 2, 8] = 1,
     ) -> None:
         super().__init__()
         self.load, self.name, self.seed = load, name, seed
         self.batch_size, self.num_workers, self.validation_fraction = batch_size, num_workers, validation_fraction
         self._wanted_levels, self.dynamic = levels, levels == 2 and binarization == "dynamic"
         self.resize, self.pad, self.horizontal_flip, self.random_crop = resize, pad, horizontal_flip, random_crop
+        self.poses = poses
         self._fingerprints: dict[str, str] = {}  # of the splits that were asked for it
         self.streams = False  # whether no images are held in memory, even where reading them takes long
 
@@ -84,6 +88,7 @@ class ImageData(L.LightningDataModule):
         # What training batches are gathered from: under dynamic binarization the grey images, drawn anew each time.
         self.drawn_from = framed["train"] if self.dynamic else self.train
         self._augmentations = self._plan_augmentations()
+        self._posing = self._plan_posing()
 
     def _split_validation(self, images: Images) -> None:
         """Take validation images from the training images, where the source has none and some are wanted."""
@@ -101,6 +106,7 @@ class ImageData(L.LightningDataModule):
         """Return how many levels the images are to have. Raises UserError where they cannot have so many."""
         changes = ("resize", "pad", "horizontal_flip", "random_crop")
         typed = [name for name in changes if getattr(self, name)] + ["levels"] * bool(self._wanted_levels)
+        typed += ["poses"] * (self.poses > 1)
         if images.levels > 256 and typed:
             raise UserError(f"dataset.{typed[0]}: {self.title} holds codes, which are no brightness; leave it out")
         levels = self._wanted_levels or images.levels
@@ -129,6 +135,14 @@ class ImageData(L.LightningDataModule):
         ]
         return [augmentation for wanted, augmentation in plan if wanted]
 
+    def _plan_posing(self) -> Posing | None:
+        """Return what puts images into their poses, if there are more. Raises UserError where they cannot be turned."""
+        _, height, width = self.train.image_shape
+        if self.poses > 2 and height != width:
+            raise UserError(f"dataset.poses={self.poses}: turns images, and {height}×{width} is not square; type 2")
+        own = {"poses": self.poses, "num_classes": len(self.class_names)}
+        return partial(pose, **own) if self.poses > 1 else None
+
     FACTS = ("image_shape", "num_classes", "levels", "class_names")
 
     @property
@@ -156,6 +170,7 @@ class ImageData(L.LightningDataModule):
         parts += self.changes
         parts += ["trained with flips"] if self.horizontal_flip else []
         parts += [f"trained with crops of {self.random_crop}"] if self.random_crop else []
+        parts += [f"trained in {self.poses} poses"] if self.poses > 1 else []
         return ", ".join(parts)
 
     def save(self, folder: Path) -> None:
@@ -207,9 +222,9 @@ class ImageData(L.LightningDataModule):
 
     def augment(self, x: Tensor) -> Tensor:
         """Return images of `drawn_from` as a training batch may have them. Raises UserError where that changes none."""
-        if not self._augmentations:
+        if not (self._augmentations or self._posing):
             raise UserError("dataset: no augmentation is switched on; type dataset.random_crop=4, for example")
-        return augmented(x, self._augmentations, seed=0)
+        return augmented(x, torch.zeros(len(x), dtype=torch.long), self._augmentations, self._posing, seed=0)[0]
 
     def train_dataloader(self) -> LazyLoader:
         batches = self._batches(self.train, shuffle=True)
@@ -218,7 +233,7 @@ class ImageData(L.LightningDataModule):
                 f"dataset.batch_size={self.batch_size}: more than the {len(self.train)} training images; type "
                 f"dataset.batch_size={max(1, len(self.train) // 4)}, for example"
             )
-        return loader(Gather(self.drawn_from, self._augmentations), batches, self.num_workers)
+        return loader(Gather(self.drawn_from, self._augmentations, self._posing), batches, self.num_workers)
 
     def val_dataloader(self) -> LazyLoader:
         return self.score_dataloader(self.validation)

@@ -14,6 +14,7 @@ from pixelcnn_lit.data.images import Split, taken
 from pixelcnn_lit.runs.signals import outlive_signals
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+Posing = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 class Batches(Sampler):
@@ -66,24 +67,26 @@ class Batches(Sampler):
             yield int(seed) + self.rank, shared[self.rank :: self.world]
 
 
-def augmented(x: Tensor, augmentations: Sequence[Augmentation], seed: int) -> Tensor:
-    """Apply the augmentations to images [B,C,H,W], in their order."""
+def augmented(
+    x: Tensor, y: Tensor, augmentations: Sequence[Augmentation], posing: Posing | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Apply the augmentations to images [B,C,H,W], in their order; a change of pose is told in the classes y [B]."""
     generator = torch.Generator().manual_seed(seed)
     for augmentation in augmentations:
         x = augmentation(x, generator)
-    return x
+    return posing(x, y, generator) if posing else (x, y)
 
 
 class Gather(Dataset):
     """A split as whole batches: a few index operations a batch, then the augmentations, if any."""
 
-    def __init__(self, split: Split, augmentations: Sequence[Augmentation] = ()) -> None:
-        self.split, self.augmentations = split, augmentations
+    def __init__(self, split: Split, augmentations: Sequence[Augmentation] = (), posing: Posing | None = None) -> None:
+        self.split, self.augmentations, self.posing = split, augmentations, posing
 
     def __getitems__(self, batch: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         seed, positions = batch
         x = taken(self.split.images, positions).contiguous()
-        return augmented(x, self.augmentations, seed), self.split.y[positions]
+        return augmented(x, self.split.y[positions], self.augmentations, self.posing, seed)
 
 
 class LazyLoader(DataLoader):

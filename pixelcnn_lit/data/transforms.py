@@ -53,6 +53,20 @@ def crop(x: Tensor, generator: torch.Generator, margin: int) -> Tensor:
     return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def pose(x: Tensor, y: Tensor, generator: torch.Generator, poses: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Put each image [B,C,H,W] into one of its poses, and its class y [B] to class + num_classes pose, which tells it.
+
+    Pose 0 is as it was; an odd one is mirrored left to right; from 2 on it is turned by pose // 2 quarters, too.
+    """
+    drawn = torch.randint(poses, y.shape, generator=generator)
+    x = x.clone()
+    for one in range(1, poses):
+        chosen = drawn == one
+        upright = x[chosen]
+        x[chosen] = torch.rot90(upright.flip(-1) if one % 2 else upright, one // 2, (-2, -1))
+    return x, y + num_classes * drawn
+
+
 def binarize(x: Tensor, generator: torch.Generator, levels: int) -> Tensor:
     """Draw each pixel white with probability x / (levels - 1), anew each time (dynamic binarization)."""
     return (torch.rand(x.shape, generator=generator) < x / (levels - 1)).to(torch.uint8)

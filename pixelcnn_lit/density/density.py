@@ -46,6 +46,9 @@ class Density(nn.Module):
         dataset: config of that data.
         conditional: false means that every image comes without its class.
         label_dropout: share of training images that came without it.
+        poses: in how many the training images came, told to the network as class + num_classes pose (conditional
+            augmentation: Jun et al. 2020, Distribution Augmentation for Generative Modeling, section 3). What is scored
+            or drawn is in pose 0.
 
     Example:
         >>> import pixelcnn_lit
@@ -74,6 +77,7 @@ class Density(nn.Module):
         dataset: dict[str, Any] | None = None,
         conditional: bool = True,
         label_dropout: Annotated[float, Interval(ge=0, le=1)] = 0.0,
+        poses: Annotated[int, Interval(ge=1, le=8)] = 1,
     ) -> None:
         super().__init__()
         channels, height, width = image_shape
@@ -81,8 +85,8 @@ class Density(nn.Module):
             raise UserError(f"image_shape={list(image_shape)}: must begin with 1 to {MOST_CHANNELS} channels")
         facts = {"image_shape": [channels, height, width], "num_classes": num_classes, "levels": levels}
         own = {"model": model, "likelihood": likelihood, "conditional": conditional, "label_dropout": label_dropout}
-        # What makes it again, as plain values.
-        self.settings: dict[str, Any] = facts | own | {"class_names": class_names, "label": label, "dataset": dataset}
+        own |= {"poses": poses, "class_names": class_names, "label": label, "dataset": dataset}
+        self.settings: dict[str, Any] = facts | own  # what makes it again, as plain values
         self.image_shape: tuple[int, int, int] = (channels, height, width)
         self.num_classes = num_classes
         self.levels = levels
@@ -90,6 +94,9 @@ class Density(nn.Module):
         self.label = label
         self.conditional = conditional
         self.label_dropout = label_dropout
+        self.no_class = num_classes * poses  # the last row of the network's table
+        if poses > 1 and not conditional:
+            raise UserError(f"dataset.poses={poses}: is told with the class; type conditional=true, or dataset.poses=1")
         self.dims = channels * height * width
         network = dict(model)
         embedding = network.pop("embedding", None)
@@ -106,7 +113,7 @@ class Density(nn.Module):
             nn.Module,
             image_size=(height, width),
             in_channels=self.embedding.out_channels,
-            num_classes=num_classes,
+            num_classes=self.no_class,
             out_channels=self.likelihood.out_channels,
         )
         if not isinstance(self.network, Network):
@@ -137,16 +144,16 @@ class Density(nn.Module):
     @property
     def classes(self) -> list[int]:
         """The classes to draw: all of them, or "no class" alone for an unconditional model."""
-        return list(range(self.num_classes)) if self.conditional else [self.num_classes]
+        return list(range(self.num_classes)) if self.conditional else [self.no_class]
 
     @property
     def known_classes(self) -> list[int]:
-        """The classes it was trained on; `num_classes` ("no class") where the class was hidden from it at times."""
-        return self.classes + [self.num_classes] * (self.conditional and self.label_dropout > 0)
+        """The classes it was trained on; `no_class` where the class was hidden from it at times."""
+        return self.classes + [self.no_class] * (self.conditional and self.label_dropout > 0)
 
     def called(self, classes: Sequence[int]) -> list[str]:
         """Return the names of classes that are given by number."""
-        return ["no class" if one == self.num_classes else self.class_names[one] for one in classes]
+        return ["no class" if one == self.no_class else self.class_names[one] for one in classes]
 
     def class_numbers(self, classes: Sequence[int | str], setting: str = "classes") -> list[int]:
         """Return the numbers of classes that are given by name or, where none has that name, by number.
@@ -170,7 +177,7 @@ class Density(nn.Module):
         if numbers and not wrong:
             return
         called = {n: name if name == str(n) else f"{name} ({n})" for n, name in enumerate(self.class_names)}
-        called[self.num_classes] = f"{self.num_classes} (which stands for no class)"
+        called[self.no_class] = f"{self.no_class} (which stands for no class)"
         trained_on = ", ".join(called[n] for n in known) if self.conditional else "no classes"
         raise UserError(f"{setting}={wrong[0] if wrong else '[]'}: this model was trained on {trained_on}")
 
@@ -190,7 +197,7 @@ class Density(nn.Module):
 
     def _heard(self, y: Tensor) -> Tensor:
         """The classes as the network is told of them."""
-        return y if self.conditional else torch.full_like(y, self.num_classes)
+        return y if self.conditional else torch.full_like(y, self.no_class)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """-log p(x | y) in nats [B], of levels [B,C,H,W] and classes int64 [B] that are known to be valid."""

@@ -6,7 +6,7 @@ from pixelcnn_lit.checkpoints.load import load_module
 from pixelcnn_lit.density.density import Density
 
 # The settings that a checkpoint of a run holds beside those of its density.
-TRAINING = ("optimizer", "scheduler", "crop", "crop_until", "channels_last", "gradient_checkpointing", "compile")
+TRAINING = ("optimizer", "scheduler", "channels_last", "gradient_checkpointing", "compile")
 
 
 def load(ckpt: str) -> Density:

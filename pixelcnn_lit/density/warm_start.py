@@ -1,6 +1,6 @@
 """A warm start: a new density that begins with the trained weights of another, wherever they fit."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,18 @@ from pixelcnn_lit.density.density import Density
 OWN = ("model", "model_size", "likelihood")  # settings that the trained density brings
 
 
-def parts_of(trained: Density, overrides: Iterable[str]) -> dict[str, Any]:
-    """Return the configs of its network and likelihood. Raises UserError where others are among the overrides."""
+def parts_of(
+    trained: Density, overrides: Iterable[str], setting: str = "init", also: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the configs of its network and likelihood.
+
+    Raises UserError, which names the `setting` of its file, where other parts, or `also`, are among the overrides.
+    """
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0] in OWN:
+        if key.partition(".")[0] in (*OWN, *also):
             raise UserError(
-                f"{override}: init=... already determines the model and the likelihood; leave out one of the two"
+                f"{override}: {setting}=... already determines the model and the likelihood; leave out one of the two"
             )
     return {key: trained.settings[key] for key in ("model", "likelihood")}
 

@@ -1,9 +1,8 @@
 """The LightningModule that trains and scores a density."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from pixelcnn_lit.config.errors import UserError
@@ -11,15 +10,7 @@ from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import TRAINING
 from pixelcnn_lit.lit.metrics import MeanNats, share_buffers
 from pixelcnn_lit.lit.trainable import Trainable
-from pixelcnn_lit.optim.schedulers import optimization, run_share
-
-
-def refuse_crop(density: Density, crop: int) -> None:
-    """Raise UserError unless the network reads images without so many pixels at each border."""
-    if crop and not getattr(density.network, "any_size", False):
-        raise UserError(f"crop={crop}: this network reads images of its own size alone; type crop=0")
-    if 2 * crop >= min(density.image_shape[1:]):
-        raise UserError(f"crop={crop}: leaves nothing of images {density.image_shape}; type crop=0")
+from pixelcnn_lit.optim.schedulers import optimization
 
 
 class DensityModule(Trainable):
@@ -28,7 +19,6 @@ class DensityModule(Trainable):
     Args:
         density: whose settings are stored in checkpoints, with those below.
         optimizer, scheduler: configs; a scheduler of None keeps the learning rate. Without an optimizer it can score.
-        crop: pixels left out at each border of the images that it trains on, until `crop_until` of the run is over.
         channels_last: memory format of weights and activations.
         gradient_checkpointing: keep of each block its input alone; the backward pass computes the rest again.
         compile: compile the training loss.
@@ -45,15 +35,13 @@ class DensityModule(Trainable):
         *,
         optimizer: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
-        crop: Annotated[int, Ge(0)] = 0,
-        crop_until: Annotated[float, Interval(ge=0, le=1)] = 0.5,
         channels_last: bool = True,
         gradient_checkpointing: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        own = {"optimizer": optimizer, "scheduler": scheduler, "crop": crop, "crop_until": crop_until}
-        own |= {"channels_last": channels_last, "gradient_checkpointing": gradient_checkpointing, "compile": compile}
+        own = {"optimizer": optimizer, "scheduler": scheduler, "channels_last": channels_last}
+        own |= {"gradient_checkpointing": gradient_checkpointing, "compile": compile}
         assert own.keys() == set(TRAINING), "name it in density.load, or no checkpoint could be loaded"
         self.save_hyperparameters(density.settings | own)
         self.density = density
@@ -61,9 +49,6 @@ class DensityModule(Trainable):
         self.figures = {}
         self.optimizer_config = optimizer
         self.scheduler_config = scheduler
-        refuse_crop(density, crop)
-        self.crop = crop
-        self.crop_until = crop_until
         if channels_last:
             density.to(memory_format=torch.channels_last)
         if gradient_checkpointing and not density.checkpoint_blocks():
@@ -71,27 +56,17 @@ class DensityModule(Trainable):
                 "gradient_checkpointing=true: this network has no blocks that can be computed twice, as those with "
                 "BatchNorm cannot; type gradient_checkpointing=false"
             )
-        # Training alone: scores, in float32 and eval mode, would be compiled anew. A graph each for crops and whole
-        # images: one of any size is slower.
-        self.training_nats = torch.compile(density.forward, dynamic=False) if compile else density.forward
+        # Training alone: scores, in float32 and eval mode, would be compiled anew.
+        self.training_nats = torch.compile(density.forward) if compile else density.forward
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         x, y = batch
-        if self.crop:
-            x = self._cropped(x)
         if self.density.label_dropout:
             hidden = torch.rand(y.shape, device=y.device) < self.density.label_dropout
-            y = y.masked_fill(hidden, self.density.num_classes)
-        nll = self.training_nats(x, y).mean() / x[0].numel()
+            y = y.masked_fill(hidden, self.density.no_class)
+        nll = self.training_nats(x, y).mean() / self.density.dims
         self.log_dict({f"train/{name}_step": value for name, value in self.training_figures(nll.detach()).items()})
         return nll
-
-    def _cropped(self, x: Tensor) -> Tensor:
-        """Without their borders early in a run, and from then on as they are."""
-        if run_share(self.trainer) >= self.crop_until:
-            self.crop = 0  # the time is not asked for again
-            return x
-        return x[..., self.crop : -self.crop, self.crop : -self.crop]
 
     def training_figures(self, loss: Tensor) -> dict[str, Tensor]:
         return {"bpd": bits(loss), "nll": loss}

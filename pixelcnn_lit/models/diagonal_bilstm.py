@@ -48,7 +48,6 @@ class DiagonalBiLSTM(nn.Module):
     """
 
     train_is_likelihood = True
-    any_size = True
     no_blind_spot = True
 
     def __init__(

@@ -39,7 +39,6 @@ class GatedPixelCNN(nn.Module):
     """
 
     train_is_likelihood = True
-    any_size = True
     no_blind_spot = True
 
     def __init__(

@@ -36,7 +36,6 @@ class PixelCNN(nn.Module):
     """
 
     train_is_likelihood = True
-    any_size = True
 
     def __init__(
         self,

@@ -55,7 +55,6 @@ class PixelCNNPP(nn.Module):
     """
 
     train_is_likelihood = True
-    any_size = True
     no_blind_spot = True
 
     def __init__(
@@ -109,7 +108,7 @@ class PixelCNNPPStepper:
         self.state = RasterState(len(y), width)
         self.first_ul = first_ul = net.first_ul.cache(self.state)
         self.row_above = first_ul.inputs[:, first_ul.side : -first_ul.side, -2].transpose(1, 2)[:, :, None]
-        self.first_u = net.first_u.cache(len(y), width)
+        self.first_u = WholeRows(net.first_u, len(y), width)
         self.state.others.append(self.first_u)
         self.body = ResolutionStepper(net.body, y, width)
         self.last = net.last
@@ -194,8 +193,8 @@ class ResolutionStepper:
         self.rows = [rows for pair in (*self.down, *self.up) for rows in pair.rows]
         self.coarser = None
         if resolution.coarser is not None:
-            self.shrink_u = resolution.shrink_u.cache(len(y), width)
-            self.shrink_ul = resolution.shrink_ul.cache(len(y), width)
+            self.shrink_u = WholeRows(resolution.shrink_u, len(y), width)
+            self.shrink_ul = RowCache(resolution.shrink_ul.all_taps(), len(y), width)
             self.rows += [self.shrink_u, self.shrink_ul]
             self.grow_u, self.grow_ul = resolution.grow_u, resolution.grow_ul
             self.coarser = ResolutionStepper(resolution.coarser, y, (width + 1) // 2)
@@ -222,10 +221,10 @@ class ResolutionStepper:
 
     def step_ul(self, ul: Tensor, at: At) -> Tensor:
         """ul at a pixel, [B,channels] -> the same."""
-        inputs = []
+        inputs = []  # after concat-ELU, as the blocks keep them
         for block in self.down:
-            inputs.append(ul)
             ul = block.step_ul(ul, at)
+            inputs.append(block.ul.conv1.slot(at))
         if self.coarser is not None:
             self.shrink_ul.write(ul, at)
             if (at.row % 2, at.column % 2) == (0, 0):
@@ -264,25 +263,26 @@ class BlockPairStepper:
 
     def __init__(self, pair: BlockPair, y: Tensor, width: int) -> None:
         self.has_shortcut = pair.has_shortcut
-        self.u = GatedBlockStepper(pair.u, y, width)
-        self.ul = GatedBlockStepper(pair.ul, y, width)
+        self.u = GatedRowStepper(pair.u, y, width)
+        self.ul = GatedPixelStepper(pair.ul, y, width)
         self.rows = [self.u.conv1, self.u.conv2, self.ul.conv1, self.ul.conv2]
         self.aux_u = list(pair.u.aux)
-        self.aux_ul = list(pair.ul.aux)
+        self.read_weight, *shortcut = (conv.weight for conv in pair.ul.aux)
         if self.has_shortcut:
-            self.shortcut = self.aux_ul[1].weight[..., 0, 0].T.contiguous()
+            self.shortcut = shortcut[0][..., 0, 0].T.contiguous()
 
     def step_u(self, u: Tensor, at: At, shortcut: Tensor | None = None) -> Tensor:
         """u and its short-cut of a whole row, [B,channels,1,W] -> the new u."""
         u = self.u.step(u, 0 if shortcut is None else self.aux_u[0](concat_elu(shortcut)), at)
-        self.ul_reads = self.aux_ul[0](concat_elu(u))[:, :, 0].unbind(-1)  # a column each, [B,channels]
+        reads = F.conv2d(concat_elu(u), self.read_weight, self.ul.conv1_bias)
+        self.ul_reads = reads[:, :, 0].unbind(-1)  # a column each, [B,channels]
         return u
 
     def step_ul(self, ul: Tensor, at: At, shortcut: Tensor | None = None) -> Tensor:
-        """ul and its short-cut at a pixel, [B,channels] -> the new ul."""
+        """ul at a pixel, [B,channels], and its short-cut after concat-ELU, [B,2 channels] -> the new ul."""
         read = self.ul_reads[at.column]
         if shortcut is not None:
-            read = torch.addmm(read, concat_elu(shortcut), self.shortcut)
+            read = torch.addmm(read, shortcut, self.shortcut)
         return self.ul.step(ul, read, at)
 
 
@@ -318,20 +318,38 @@ class GatedBlock(nn.Module):
         return seen | self.conv1.receptive_field(inside, seen.shape), inside
 
 
-class GatedBlockStepper:
-    """A `GatedBlock` in steps, without dropout: in ul of a pixel, in u of a whole row."""
+class GatedRowStepper:
+    """A `GatedBlock` of u in steps, without dropout: a whole row at once."""
 
     def __init__(self, block: GatedBlock, y: Tensor, width: int) -> None:
-        self.conv1 = block.conv1.cache(len(y), width)
-        self.conv2 = block.conv2.cache(len(y), width)
+        self.conv1 = WholeRows(block.conv1, len(y), width)
+        self.conv2 = WholeRows(block.conv2, len(y), width)
         self.conv2.bias = self.conv2.bias + block.embed.rows(y)
 
     def step(self, x: Tensor, read: Tensor | int, at: At) -> Tensor:
-        """x [B,channels] or [B,channels,1,W] -> the same; `read` is Σ conv1×1(aux)."""
+        """x [B,channels,1,W] -> the same; `read` is Σ conv1×1(aux)."""
         self.conv1.write(concat_elu(x), at)
         self.conv2.write(concat_elu(self.conv1.output(at) + read), at)
         a, b = self.conv2.output(at).chunk(2, dim=1)
         return x + a * b.sigmoid()
+
+
+class GatedPixelStepper:
+    """A `GatedBlock` of ul in steps, without dropout: pixel by pixel, in few calls, each of which takes its time."""
+
+    def __init__(self, block: GatedBlock, y: Tensor, width: int) -> None:
+        self.conv1 = ConcatELUCache(block.conv1, len(y), width)
+        self.conv2 = ConcatELUCache(block.conv2, len(y), width)
+        self.conv2.bias = self.conv2.bias + block.embed.rows(y)
+        self.conv1_bias = block.conv1.bias
+        self.a, self.b = self.conv2.result.chunk(2, dim=1)  # what its `output` writes to
+
+    def step(self, x: Tensor, read: Tensor, at: At) -> Tensor:
+        """x [B,channels] -> the same; `read` is Σ conv1×1(aux) and the bias of the first convolution."""
+        self.conv1.write(x, at)
+        self.conv2.write(torch.addmm(read, self.conv1.taps(at), self.conv1.matrix), at)
+        self.conv2.output(at)
+        return torch.addcmul(x, self.a, self.b.sigmoid_())
 
 
 class PixelBlock(nn.Module):
@@ -389,12 +407,10 @@ class ShiftedConv2d(nn.Conv2d):
         padded = F.pad(input, self.margins)
         return super().forward(activation(padded) if activation else padded)
 
-    def cache(self, batch: int, width: int) -> "RowCache | WholeRows":
-        """Return what computes this convolution of a row of `width`: pixel by pixel in ul, the row at once in u."""
-        if self.kernel_size[1] > 2:
-            return WholeRows(self, batch, width)
+    def all_taps(self) -> Convolution:
+        """Return it as a `RowCache` takes it, if it reaches to the left alone."""
         assert self.bias is not None
-        return RowCache(Convolution(self.weight, self.bias, torch.ones_like(self.weight[:1, :1])), batch, width)
+        return Convolution(self.weight, self.bias, torch.ones_like(self.weight[:1, :1]))
 
     def receptive_field(self, seen: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return the inputs, bool [H,W] of `size`, that the outputs in `seen` are computed from."""
@@ -402,6 +418,21 @@ class ShiftedConv2d(nn.Conv2d):
         padded = F.pad(seen.to(ones)[None, None], (0, 1, 0, 1))
         read = F.conv_transpose2d(padded, ones, stride=self.stride, padding=(1, self.kernel_size[1] // 2))
         return read[0, 0, : size[0], : size[1]] > 0
+
+
+class ConcatELUCache(RowCache):
+    """The cache of a `ShiftedConv2d` that reads concat-ELU, which is made in its memory."""
+
+    def __init__(self, conv: ShiftedConv2d, batch: int, width: int) -> None:
+        super().__init__(conv.all_taps(), batch, width)
+        self.halves = [slot.chunk(2, dim=1) for slot in self.slots]
+
+    def write(self, x: Tensor, at: At) -> None:
+        """Take concat_elu(x), of x [B,in/2], as the inputs."""
+        as_it_is, negative = self.halves[at.column]
+        as_it_is.copy_(x)
+        torch.neg(x, out=negative)
+        F.elu_(self.slots[at.column])
 
 
 class WholeRows:

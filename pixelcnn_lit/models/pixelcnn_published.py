@@ -36,7 +36,6 @@ class PublishedPixelCNN(nn.Module):
     """
 
     train_is_likelihood = False
-    any_size = True
 
     def __init__(
         self,

@@ -57,8 +57,7 @@ class Network(Protocol):
 
     Made as `Net(image_size, in_channels, num_classes, out_channels, hidden_channels, n_residual, **own)`, where
     `image_size` is (H, W), any of at least 1, `in_channels` E and `out_channels` D. One that sees every earlier pixel,
-    where it is deep enough, may say `no_blind_spot = True`, and one whose weights read images of any size, as a network
-    made for that size would, `any_size = True`; the laws then hold it to that.
+    where it is deep enough, may say `no_blind_spot = True`; the laws then hold it to that.
     """
 
     train_is_likelihood: bool  # whether its loss in training mode is a likelihood: batch statistics make it none
@@ -107,7 +106,7 @@ class ImageDensity(Protocol):
     network: Network
     likelihood: Likelihood
     image_shape: tuple[int, int, int]
-    num_classes: int
+    no_class: int
 
     @property
     def level_dtype(self) -> torch.dtype:
@@ -121,6 +120,10 @@ class ImageDensity(Protocol):
 
     @property
     def known_classes(self) -> list[int]: ...
+
+    def digest(self) -> str:
+        """Of the weights and of what decides how they are used."""
+        ...
 
     def features(self, x: Tensor, y: Tensor) -> Tensor:
         """Levels [B,C,H,W] and classes int64 [B] -> [B,D,H,W]."""

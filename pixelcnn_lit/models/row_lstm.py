@@ -38,7 +38,6 @@ class RowLSTM(nn.Module):
     """
 
     train_is_likelihood = True
-    any_size = True
 
     def __init__(
         self,

@@ -61,15 +61,9 @@ def _total_steps(trainer: "L.Trainer") -> int:
     steps = trainer.estimated_stepping_batches
     if steps == math.inf and not _clocks(trainer):
         raise UserError(
-            "a scheduler or a crop must know where a run ends; "
-            "type trainer.max_epochs, trainer.max_steps or trainer.max_time"
+            "this scheduler must know where a run ends; type trainer.max_epochs, trainer.max_steps or trainer.max_time"
         )
     return int(min(steps, 10**9))  # a run that ends by the time alone never gets there
-
-
-def run_share(trainer: "L.Trainer") -> float:
-    """Return how much of a run is over, 0 to 1: of its steps or of its time, whichever is further."""
-    return max(trainer.global_step / _total_steps(trainer), _time_share(trainer))
 
 
 def _clocks(trainer: "L.Trainer") -> list[tuple[float, float]]:

@@ -51,6 +51,8 @@ def share(
         processes: how many there may be, this one among them.
     """
     left = deque(range(len(tasks)))
+    if not left:
+        return
     began = time.perf_counter()
     here(left.popleft())
     seconds = len(left) * (time.perf_counter() - began)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -29,8 +30,11 @@ from pixelcnn_lit.runs.machine import on_threads
 from pixelcnn_lit.runs.pace import Pace
 from pixelcnn_lit.runs.terminal import progress
 from pixelcnn_lit.runs.workers import share
+from pixelcnn_lit.samplers.parts import Parts
 from pixelcnn_lit.samplers.pick import picker
 from pixelcnn_lit.samplers.walk import GuidedModel, Watch, eval_mode, fixed_point, walk
+
+SomeDensity = TypeVar("SomeDensity", bound=ImageDensity)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Request:
         progress: whether to show a bar on a terminal.
         processes: how many may draw on a CPU, this one among them, where nobody watches. It changes nothing but time.
         pace: told how fast it goes.
+        parts: a directory where finished batches are kept, and found again by the same request. It is for the caller to
+            remove it, and not for completions, whose images do not tell requests apart.
     """
 
     density: ImageDensity
@@ -55,6 +61,7 @@ class Request:
     progress: bool = False
     processes: int = 1
     pace: Pace | None = None
+    parts: Path | None = None
 
 
 def draw(
@@ -93,10 +100,12 @@ def draw(
     )
     keys = _keys(request.y, n_per_class, seed)
     image = None if request.image is None else request.image.repeat_interleave(n_per_class, 0)
-    parts = cut(len(keys), batch_size)
-    batches = [Batch(keys[part], None if image is None else image[part]) for part in parts]
     density = request.density
     canvas = torch.zeros(len(keys), *density.image_shape, dtype=density.level_dtype, device=request.y.device)
+    own = [drawing.method, drawing.steering, drawing.sharpening, keys, batch_size, bf16, torch.get_num_threads()]
+    kept = Parts(request.parts, [*own, density.digest()] if request.parts else None)
+    parts = [part for part in cut(len(keys), batch_size) if not kept.find(part, canvas)]
+    batches = [Batch(keys[part], None if image is None else image[part]) for part in parts]
     images, pace = canvas.unflatten(0, (-1, n_per_class)), request.pace or Pace()
 
     def here(n: int) -> None:
@@ -105,16 +114,21 @@ def draw(
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         pace.add(os.getpid(), len(batches[n].keys), time.perf_counter() - began)
+        kept.keep(parts[n], canvas)
 
     def arrived(n: int, answer: tuple[int, float, np.ndarray]) -> None:
         process, seconds, drawn = answer
         canvas[parts[n]] = torch.from_numpy(drawn)
         pace.add(process, len(drawn), seconds)
         bar.update(drawn[:, 0].size)
+        kept.keep(parts[n], canvas)
 
     divided = request.processes > 1 and canvas.device.type == "cpu" and not request.watch
-    there = partial(_drawn, _picklable(drawing), torch.get_num_threads()) if divided else None
+    there = None
+    if divided:
+        there = partial(_drawn, replace(drawing, density=picklable(drawing.density)), torch.get_num_threads())
     with _bar(canvas, request) as bar:
+        bar.update(canvas[:, 0].numel() - sum(canvas[part, 0].numel() for part in parts))
         share(batches, here, there, arrived, request.processes)
     return images
 
@@ -175,11 +189,11 @@ def _keys(y: Tensor, n_per_class: int, seed: int) -> list[tuple[int, int, int, i
     return keys
 
 
-def _picklable(drawing: Drawing) -> Drawing:
-    """The same with a copy of the model whose parametrized weights are plain tensors: torch pickles no others."""
-    parts = [part for part in drawing.density.modules() if parametrize.is_parametrized(part)]
+def picklable(density: SomeDensity) -> SomeDensity:
+    """Return a copy of a model whose parametrized weights are plain tensors: torch pickles no others."""
+    parts = [part for part in density.modules() if parametrize.is_parametrized(part)]
     # Not parametrize.remove_parametrizations of a copy: it would change the class, which the copy shares.
-    return replace(drawing, density=copy.deepcopy(drawing.density, {id(part): _plain(part) for part in parts}))
+    return copy.deepcopy(density, {id(part): _plain(part) for part in parts})
 
 
 def _plain(part: nn.Module) -> nn.Module:
@@ -219,7 +233,7 @@ def refuse_steering(
 ) -> None:
     """Raise UserError, with a `prefix` to the names of settings, where a model cannot be steered so."""
     known = density.known_classes
-    if guidance_scale != 1 and (density.num_classes not in known or len(known) == 1):
+    if guidance_scale != 1 and (density.no_class not in known or len(known) == 1):
         raise UserError(
             f"{prefix}guidance_scale={guidance_scale}: guidance requires a model that was trained with and without its "
             "classes, as this one was not; leave it out, or train one with label_dropout=0.1"

@@ -45,7 +45,7 @@ class GuidedModel:
         self.density = density
         self.guidance_scale = guidance_scale
         self.mix_weight = mix_weight
-        other = density.num_classes if guidance_scale != 1 else mix_with
+        other = density.no_class if guidance_scale != 1 else mix_with
         self.asks_twice = other is not None
         self.noise_device = torch.device("cpu") if y.device.type == "mps" else y.device  # Apple's GPUs lack float64
         self.y = y if other is None else torch.cat([y, torch.full_like(y, other)])
