@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Interval, MinLen
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
@@ -58,7 +58,7 @@ def main(
     image_shape: tuple[Size, Size, Size],
     levels: Annotated[int, Interval(ge=2, le=256)],
     ckpt: str | None,
-    batch_size: BatchSize | list[BatchSize],
+    batch_size: BatchSize | Annotated[list[BatchSize], MinLen(1)],
     rounds: Annotated[int, Ge(1)],
     compile: bool,
     busy: bool,
@@ -74,11 +74,11 @@ def main(
     x, y = batch(density, first)
     with foreign_load(cores() if busy else 0):
         sampling = sampling_rows(density, x, y, rounds)
-        tables = {f"sampling, batch {n}": sampling_rows(density, *batch(density, n), rounds) for n in others}
+        more = {f"sampling, batch {n}": sampling_rows(density, *batch(density, n), rounds) for n in others}
         published = as_published(density)
         to_train = take_threads(threads, step_work(density, density.image_shape, first))
         seconds = medians(training_steps(density, published, optimizer, x, y, compile), rounds)
-        tables = {"training": training_rows(density, published, x, y, seconds), "sampling": sampling, **tables}
+        tables = {"training": training_rows(density, published, x, y, seconds), "sampling": sampling, **more}
         if device.type == "cpu" and cores() > 1:
             tables["threads"] = threads_rows(density, optimizer, x, y, rounds)
     head = {"device": device_name(device), "threads to train": to_train, "threads to sample": to_sample}
@@ -105,8 +105,9 @@ def batch(density: Density, n: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def foreign_load(processes: int) -> Iterator[None]:
-    """So many other processes that each keep a core busy meanwhile."""
-    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    """So many other processes that each keep a core busy meanwhile, and no longer than this one lives."""
+    code = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(processes)]
     try:
         yield
     finally:

@@ -369,6 +369,7 @@ def test_the_benchmark_of_a_checkpoint_measures_its_model_at_each_batch_size(tmp
     assert "sampling, cached" in result["sampling, batch 1"]
     assert "weights" in capsys.readouterr().out
     assert "levels=3: ckpt=... already determines" in refused("benchmark", *own, "levels=3", f"run_dir={tmp_path}/no")
+    assert "batch_size=[]" in refused("benchmark", "batch_size=[]", f"run_dir={tmp_path}/none")
 
 
 def test_the_benchmarks_reference_is_the_published_network_and_dead_taps_are_no_work():

@@ -118,20 +118,20 @@ class Coder:
         """Return what `write` or `read` makes of each batch, of which several processes may take their share."""
         done: dict[int, Done] = {}
         images = [len(task) if isinstance(task, Split) else task.images for task in tasks]
-        pixels = math.prod(self.model.image_shape[1:])
+        area = math.prod(self.model.image_shape[1:])
 
         def here(n: int) -> None:
             done[n] = kind(self, tasks[n], lambda pixels: bar.update(images[n] * pixels))
 
         def arrived(n: int, answer: Done) -> None:
             done[n] = answer
-            bar.update(images[n] * pixels)
+            bar.update(images[n] * area)
 
         there = None
         if processes > 1 and self.model.device.type == "cpu":
             with on_threads(self.threads):
                 there = partial(kind, replace(self, model=picklable(self.model)))
-        with progress(total=sum(images) * pixels, unit=" pixels", unit_scale=True, desc=what) as bar:
+        with progress(total=sum(images) * area, unit=" pixels", unit_scale=True, desc=what) as bar:
             share(tasks, here, there, arrived, processes)
         return [done[n] for n in range(len(tasks))]
 
@@ -166,9 +166,10 @@ def compress(model: Density, images: Split, batch_size: int, processes: int = 1)
 def decompress(model: Density, content: bytes, where: str, processes: int = 1) -> Split:
     """The images in the `content` of a file. Raises UserError, naming it as `where`, unless they are those written."""
     header, payload = parse(model, content, where)
-    full, rest = divmod(header.images, header.batch_size)
-    sizes = [header.batch_size] * full + [rest] * bool(rest)
-    streams = [Stream(words, n) for words, n in zip(taken_apart(payload, len(sizes), where), sizes, strict=True)]
+    firsts = range(0, header.images, header.batch_size)
+    apart = taken_apart(payload, len(firsts), where)
+    sizes = (min(header.batch_size, header.images - first) for first in firsts)
+    streams = [Stream(words, n) for words, n in zip(apart, sizes, strict=True)]
     differs = UserError(f"{where}: this machine computes other probabilities than the one that wrote it")
     try:
         read = Coder(model, header.threads).of_all(Coder.read, streams, processes, "decompressing")
