@@ -32,7 +32,7 @@ from pixelcnn_lit.config.build import build
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.density.load import load
-from pixelcnn_lit.density.warm_start import parts_of
+from pixelcnn_lit.density.warm_start import refuse_own
 from pixelcnn_lit.nn.layers import CausalConv2d
 from pixelcnn_lit.nn.wavefronts import steps
 from pixelcnn_lit.runs.atomic import atomic_write_text
@@ -92,9 +92,8 @@ def main(
 
 def trained(ckpt: str) -> Density:
     """Return the model of a checkpoint. Raises UserError where another was typed."""
-    density = load(ckpt)
-    parts_of(density, typed(), "ckpt", also=("image_shape", "levels"))
-    return density
+    refuse_own(typed(), "ckpt", also=("image_shape", "levels"))
+    return load(ckpt)
 
 
 def batch(density: Density, n: int) -> tuple[Tensor, Tensor]:

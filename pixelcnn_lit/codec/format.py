@@ -57,7 +57,7 @@ class Header(NamedTuple):
 
 def parse(model: Density, content: bytes, where: str) -> tuple[Header, bytes]:
     """Header and payload. Raises UserError for a file that is damaged, of another model, or written elsewhere."""
-    damaged = UserError(f"{where}: damaged or cut off; copy it again")
+    damaged = _damaged(where)
     if content[: len(MAGIC)] != MAGIC:
         raise UserError(f"{where}: no file of this codec, or of another version ({content[:4]!r}, not {MAGIC!r})")
     try:
@@ -86,6 +86,10 @@ def parse(model: Density, content: bytes, where: str) -> tuple[Header, bytes]:
     return header, payload
 
 
+def _damaged(where: str) -> UserError:
+    return UserError(f"{where}: damaged or cut off; copy it again")
+
+
 def joined(streams: Sequence[np.ndarray]) -> bytes:
     """Return the payload of streams, of uint32 each."""
     lengths = np.array([len(words) for words in streams], dtype="<u4")
@@ -97,7 +101,7 @@ def taken_apart(payload: bytes, n: int, where: str) -> list[np.ndarray]:
     words = np.frombuffer(payload, dtype="<u4").astype(np.uint32)
     lengths, streams = words[:n].astype(np.int64), words[n:]
     if len(lengths) < n or lengths.sum() != len(streams):
-        raise UserError(f"{where}: damaged or cut off; copy it again")
+        raise _damaged(where)
     return np.split(streams, lengths.cumsum()[:-1]) if n else []
 
 

@@ -12,20 +12,20 @@ from pixelcnn_lit.density.density import Density
 OWN = ("model", "model_size", "likelihood")  # settings that the trained density brings
 
 
-def parts_of(
-    trained: Density, overrides: Iterable[str], setting: str = "init", also: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Return the configs of its network and likelihood.
+def parts_of(trained: Density, overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the configs of its network and likelihood. Raises UserError where others are among the overrides."""
+    refuse_own(overrides, "init")
+    return {key: trained.settings[key] for key in ("model", "likelihood")}
 
-    Raises UserError, which names the `setting` of its file, where other parts, or `also`, are among the overrides.
-    """
+
+def refuse_own(overrides: Iterable[str], setting: str, also: Sequence[str] = ()) -> None:
+    """Raise UserError where an override is of what a trained density brings, or `also`; `setting` names its file."""
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key.partition(".")[0] in (*OWN, *also):
             raise UserError(
                 f"{override}: {setting}=... already determines the model and the likelihood; leave out one of the two"
             )
-    return {key: trained.settings[key] for key in ("model", "likelihood")}
 
 
 @torch.no_grad()
