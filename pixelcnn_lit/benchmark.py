@@ -36,7 +36,16 @@ from pixelcnn_lit.density.warm_start import refuse_own
 from pixelcnn_lit.nn.layers import CausalConv2d
 from pixelcnn_lit.nn.wavefronts import steps
 from pixelcnn_lit.runs.atomic import atomic_write_text
-from pixelcnn_lit.runs.machine import Threads, best_device, cores, fast_bf16, on_threads, step_work, take_threads
+from pixelcnn_lit.runs.machine import (
+    Threads,
+    best_device,
+    cores,
+    fast_bf16,
+    made_with,
+    on_threads,
+    step_work,
+    take_threads,
+)
 from pixelcnn_lit.runs.run_dir import relative, run_dir, typed
 from pixelcnn_lit.runs.terminal import progress
 from pixelcnn_lit.samplers.draw import half_precision
@@ -81,8 +90,8 @@ def main(
         tables = {"training": training_rows(density, published, x, y, seconds), "sampling": sampling, **more}
         if device.type == "cpu" and cores() > 1:
             tables["threads"] = threads_rows(density, optimizer, x, y, rounds)
-    head = {"device": device_name(device), "threads to train": to_train, "threads to sample": to_sample}
-    head |= {"torch": torch.__version__, "weights": ckpt or "untrained", "busy": busy}
+    head = made_with(device) | {"threads to train": to_train, "threads to sample": to_sample}
+    head |= {"weights": ckpt or "untrained", "busy": busy}
     head |= {"parameters": sum(p.numel() for p in density.parameters())}
     head |= {"batch_size": first, "image_shape": list(density.image_shape)}
     atomic_write_text(run_dir() / "benchmark.json", json.dumps({**head, **tables}, indent=2))
@@ -250,9 +259,10 @@ def dead_attention(counted: dict[Any, int], pixels: int) -> int:
 
 @torch.no_grad()
 def sampling_rows(density: Density, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
-    """Each sampler beside one forward pass over the same batch, and the codec, where the network can step.
+    """Each sampler beside one forward pass over the same batch.
 
-    An evaluation is one of the whole image or a step.
+    Where the network can step, these are the cached one and the codec. An evaluation is one of the whole image or a
+    step.
     """
     canvas, pixels = torch.zeros_like(x), x[0, 0].numel()
     model = GuidedModel(density, y)
@@ -271,7 +281,8 @@ def sampling_rows(density: Density, x: Tensor, y: Tensor, rounds: int) -> dict[s
     def draw_by_fixed_point() -> None:
         evaluations["fixed_point"] = fixed_point(model, pick, torch.zeros_like(x))
 
-    timed["fixed_point"] = draw_by_fixed_point
+    if not density.can_step:
+        timed["fixed_point"] = draw_by_fixed_point
     with eval_mode(density), parametrize.cached():
         seconds = medians(timed, rounds)
     seconds["naive"] *= pixels / some
@@ -333,10 +344,6 @@ def stepwise(density: Density, model: GuidedModel, pick: Pick, x: Tensor) -> Tim
         "compress": lambda: compress(density, images, len(x)),
         "decompress": lambda: decompress(density, file, "the benchmark's own file"),
     }
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def table(name: str, rows: dict[str, dict[str, float]]) -> str:

@@ -24,7 +24,7 @@ from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.density.negatives import hint_at_negatives, likelier_as_negatives
 from pixelcnn_lit.runs.atomic import atomic_write_text
-from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, take_threads
+from pixelcnn_lit.runs.machine import Threads, best_device, made_with, processes_of, say_threads, take_threads
 from pixelcnn_lit.runs.run_dir import relative, run_dir
 
 
@@ -89,6 +89,7 @@ def main(
         result |= scores
     else:
         print("not the conditional: kept pixels stand behind drawn ones")
+    result |= made_with(model.device)
     atomic_write_text(directory / "completions.json", json.dumps(result, indent=2))
     path = relative(directory / "completions.png")
     print(f"each row shows the image, what is kept and {drawn.shape[1]} completions: {path}")

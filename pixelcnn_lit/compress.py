@@ -14,7 +14,7 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from pixelcnn_lit.codec.coder import compress
+from pixelcnn_lit.codec.coder import Compressed, compress
 from pixelcnn_lit.codec.format import MAX_BATCH
 from pixelcnn_lit.config.errors import UserError, first_line
 from pixelcnn_lit.data.arrays import as_levels
@@ -37,6 +37,7 @@ def main(
     out: str,
     n_images: Annotated[int, Ge(0)] | None,
     batch_size: Annotated[int, Interval(ge=1, le=MAX_BATCH)],
+    flip: bool,
     dataset: dict[str, Any],
     threads: Threads,
 ) -> None:
@@ -51,10 +52,10 @@ def main(
             given = of_file(model, images, n_images, batch_size)
         processes = processes_of(threads)
         say_threads(model.device, threads, processes)
-        done = compress(model, given, batch_size, processes)
+        done = compress(model, given, batch_size, processes, flip)
         file.write(done.content)
     if len(given):
-        print(report(model, given, len(done.content), done.model_bits, done.class_bits))
+        print(report(model, given, done))
     print(f"{len(given)} images, {len(done.content):,} bytes: {relative(out)}")
 
 
@@ -123,16 +124,18 @@ def _require_levels(path: str, x: np.ndarray, levels: int) -> None:
         raise UserError(f"images={path}: values {x.min()} to {x.max()}, but the model is of {levels} levels")
 
 
-def report(model: Density, images: Split, size: int, model_bits: float, class_bits: float) -> str:
+def report(model: Density, images: Split, done: Compressed) -> str:
     """Bits per dimension, and what other formats take."""
-    dims, ideal = len(images) * model.dims, model_bits + class_bits
-    lines = {"file": 8 * size, "model": model_bits, "classes": class_bits}
+    dims, size = len(images) * model.dims, 8 * len(done.content)
+    ideal = {"model": done.model_bits, "classes": done.class_bits}
+    ideal |= {"mirrored or not": done.flip_bits} if done.flip_bits else {}
+    lines = {"file": size, **ideal}
     if images.x.dtype == torch.uint8 and images.image_shape[0] in (1, 3):
         png = [encoded(image, "PNG", optimize=True) for image in progress(images.x, desc="as PNG")]
         webp = [encoded(image, "WEBP", lossless=True, quality=100) for image in progress(images.x, desc="as WebP")]
         lines |= {"PNG, a file an image": 8 * sum(png), "WebP lossless, likewise": 8 * sum(webp)}
     rows = [f"{name:>24}  {bits / dims:.4f} bits per dimension" for name, bits in lines.items()]
-    return "\n".join([*rows, f"{'overhead':>24}  {8 * size / ideal - 1:.3%} over model and classes"])
+    return "\n".join([*rows, f"{'overhead':>24}  {size / sum(ideal.values()) - 1:.3%} over {' and '.join(ideal)}"])
 
 
 def encoded(image: Tensor, format: str, **options: object) -> int:

@@ -28,8 +28,9 @@ from pixelcnn_lit.density.bayes import class_prior, marginal
 from pixelcnn_lit.density.density import Density, bits
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.runs.atomic import atomic_write_text
-from pixelcnn_lit.runs.machine import Threads, best_device, say_threads, step_work, take_threads
+from pixelcnn_lit.runs.machine import Threads, best_device, made_with, say_threads, step_work, take_threads
 from pixelcnn_lit.runs.run_dir import plain_name, relative, run_dir
+from pixelcnn_lit.scoring.flips import score_flip_mixture
 from pixelcnn_lit.scoring.own_pictures import read_pictures, score_pictures
 from pixelcnn_lit.scoring.plots import show_histogram
 from pixelcnn_lit.scoring.posteriors import score
@@ -49,18 +50,22 @@ def main(
     resize: bool,
     colour: Colour | None,
     invert: bool,
+    flip_mixture: bool,
     dataset: dict[str, Any],
     trainer: dict[str, Any],
     threads: Threads,
     ood: dict[str, Any] | None = None,
 ) -> None:
     take_threads(threads)
+    if flip_mixture and (task != "bpd" or images is not None):
+        raise UserError("flip_mixture=true: scores images of a dataset by task=bpd; leave it out")
     if (task == "ood") != (ood is not None):
         raise UserError("task=ood and dataset@ood=NAME go together; type both")
     changes: dict[str, Any] = {"background": background, "resize": resize, "colour": colour, "invert": invert}
     if images is None:
         require_pictures("images=FILE_OR_FOLDER", label=label, **changes)
-        evaluation = of_split(load(ckpt), ckpt, task, split or "test", n_images, dataset, trainer, threads, ood)
+        data = split or "test", n_images, dataset
+        evaluation = of_split(load(ckpt), ckpt, task, *data, trainer, threads, ood, flip_mixture)
     else:
         refuse_dataset(task, split, dataset)
         batch_size = dataset.get("batch_size") or BATCH
@@ -74,6 +79,7 @@ def main(
         evaluation = head | score_pictures(model, pictures, folder, label, batch_size)
     if evaluation is None:
         return
+    evaluation |= made_with(device_of(trainer))
     atomic_write_text(run_dir() / "evaluation.json", json.dumps(evaluation, indent=2))
     print(relative(run_dir() / "evaluation.json"))
 
@@ -88,6 +94,7 @@ def of_split(
     trainer: dict[str, Any],
     threads: Threads,
     ood: dict[str, Any] | None,
+    flip_mixture: bool,
 ) -> dict[str, Any] | None:
     """Return the evaluation on the images of a dataset; None in all processes but the first."""
     data = saved_or_given(ckpt, model.settings, dataset, compared=[split])
@@ -99,7 +106,12 @@ def of_split(
     rank_zero_only(print)(f"scored: {head['fingerprint']}{part}")
     if task == "bpd":
         figures = bits_per_dimension(model, data.tested_on(images), split, trainer, threads)
-        return None if figures is None else head | figures
+        if figures is None:
+            return None
+        if flip_mixture:
+            place(model, trainer, threads, data.batch_size)
+            figures |= flip_mixture_figures(model, images, data.batch_size)
+        return head | figures
     if not model.conditional:
         raise UserError("task: this model knows no classes; type task=bpd, or train one with conditional=true")
     place(model, trainer, threads, data.batch_size)
@@ -108,8 +120,12 @@ def of_split(
 
 def place(model: Density, trainer: dict[str, Any], threads: Threads, batch_size: int) -> None:
     """Put the model where it is to compute, and say what that takes of the CPU."""
-    model.to("cpu" if trainer["accelerator"] == "cpu" else best_device())
+    model.to(device_of(trainer))
     say_threads(model.device, take_threads(threads, step_work(model, model.image_shape, batch_size)))
+
+
+def device_of(trainer: dict[str, Any]) -> torch.device:
+    return torch.device("cpu") if trainer["accelerator"] == "cpu" else best_device()
 
 
 def chosen(split: Split, n_images: int | None) -> Split:
@@ -145,6 +161,15 @@ def bits_per_dimension(
         error = figures["bpd_standard_error"] if name == "all" else None
         print(f"{name:>{width}}  {bpd:.4f}{'' if error is None else f' ± {error:.4f}'} bpd")
     return {**figures, "uniform_bpd": uniform}
+
+
+def flip_mixture_figures(model: Density, images: Split, batch_size: int) -> dict[str, Any]:
+    """Score images by an even mixture of the model and the model of mirror images, too."""
+    mixture = score_flip_mixture(model, images, batch_size)
+    bpd, gain, error = mixture
+    shown = "" if error is None else f" ± {error:.4f}"
+    print(f"half the model, half that of mirror images: {bpd:.4f} bpd, a gain of {gain:.4f}{shown}")
+    return mixture._asdict()
 
 
 def classify(model: Density, data: ImageData, images: Split, split: str) -> dict[str, Any]:

@@ -23,7 +23,15 @@ from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.load import load
 from pixelcnn_lit.lit.classifier_module import load_classifier
 from pixelcnn_lit.runs.atomic import atomic_write_text
-from pixelcnn_lit.runs.machine import Threads, best_device, processes_of, say_threads, step_work, take_threads
+from pixelcnn_lit.runs.machine import (
+    Threads,
+    best_device,
+    made_with,
+    processes_of,
+    say_threads,
+    step_work,
+    take_threads,
+)
 from pixelcnn_lit.runs.run_dir import relative, run_dir
 from pixelcnn_lit.scoring.plots import show_confusion, show_curve
 from pixelcnn_lit.scoring.samples import SampleScores, nearest, read, verdict
@@ -81,6 +89,7 @@ def main(
             save(grid(pairs, model.levels, model.class_names), run_dir() / "nearest.png")
             show_confusion(verdicts[name].confusion, data.class_names, run_dir() / "confusion.png")
     head = {"ckpt": ckpt, "classifier_ckpt": classifier_ckpt, "label": data.label, "n_compared": n}
+    head |= made_with(model.device)
     report(verdicts, head)
     if len(points) > 1:
         print(relative(show_curve(points, verdicts, REAL, run_dir() / "curve.png")))

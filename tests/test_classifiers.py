@@ -421,5 +421,12 @@ def test_evaluate_classifies(tmp_path, digits):
     said = refused("evaluate", *both, f"ood.path={tmp_path}/colour.npz", f"run_dir={tmp_path}/colour")
     assert said.endswith("the model is of [1, 8, 8] of 17 levels; type another dataset@ood")
     assert "type both" in refused("evaluate", ckpt, *other, f"run_dir={tmp_path}/alone")
+    command("evaluate", ckpt, "n_images=20", "flip_mixture=true", f"run_dir={tmp_path}/flip")
+    told = json.loads((tmp_path / "flip" / "evaluation.json").read_text())
+    mixed = model.nats(some.x, some.y, flip_mixture=True).mean() / model.dims / math.log(2)
+    assert told["flip_mixture_bpd"] == pytest.approx(float(mixed), rel=1e-5)
+    assert told["flip_mixture_gain"] == pytest.approx(told["bpd"] - float(mixed), abs=1e-5)
+    assert told["flip_mixture_gain_standard_error"] > 0
+    assert "leave it out" in refused("evaluate", ckpt, *asked, "flip_mixture=true", f"run_dir={tmp_path}/both")
     ckpt = f"ckpt={tmp_path}/false/checkpoints/best.ckpt"
     assert "knows no classes" in refused("evaluate", ckpt, *asked, f"run_dir={tmp_path}/no")

@@ -74,6 +74,24 @@ def test_a_file_is_as_small_as_the_model_says():
     assert 0 < payload - done.model_bits - done.class_bits < 4 * 96 + 0.001 * done.model_bits
 
 
+def test_an_image_may_be_written_mirrored_where_that_takes_fewer_bits(monkeypatch):
+    for model in (density("pixelcnn", "categorical", (1, 8, 8)), density("pixelcnn", "categorical", conditional=False)):
+        images = images_of(model, 40)
+        done, plain = (compress(model, images, 16, flip=flip) for flip in (True, False))
+        back = decompress(model, done.content, "file=x")
+        assert torch.equal(back.x, images.x)
+        assert torch.equal(back.y, images.y)
+        nats = [model.nats(x, images.y).double() for x in (images.x, images.x.flip(-1))]
+        assert (nats[0] > nats[1]).any()
+        assert (nats[0] < nats[1]).any()
+        assert done.model_bits == pytest.approx(float(torch.minimum(*nats).sum()) / math.log(2), rel=1e-5)
+        assert (done.flip_bits, plain.flip_bits) == (40, 0)
+        mixed = model.nats(images.x, images.y, flip_mixture=True).double() / math.log(2)
+        assert done.model_bits + done.flip_bits > mixed.sum(), "it is not the mixture, which takes fewer"
+        with pytest.raises(UserError, match="computes other probabilities"):
+            decompress(model, with_header(done.content, flip=0), "file=x")
+
+
 def test_weights_are_whole_and_sum_to_24_bits():
     logits = torch.randn(2, 17, 3, dtype=torch.float64) * 20
     whole = coder.frequencies(logits)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import lightning as L
 import pytest
@@ -52,6 +53,18 @@ def test_law_1_the_probabilities_of_all_images_sum_to_one(network, likelihood, i
         y = torch.full((len(x),), label)
         total = (-model(x, y)).exp().sum()
         assert abs(total - 1) < TOLERANCE
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_law_1_of_a_mixture_with_mirror_images(likelihood):
+    model = make("pixelcnn", likelihood, *SMALL)
+    x = every_image(*SMALL)
+    y = torch.full((len(x),), 2)
+    mixed = model.nats(x, y, flip_mixture=True)
+    assert abs((-mixed).exp().sum() - 1) < TOLERANCE
+    assert torch.allclose(mixed, model.nats(x.flip(-1), y, flip_mixture=True), rtol=1e-12)
+    assert not torch.allclose(mixed, model.nats(x, y), rtol=1e-3)
+    assert (mixed <= model.nats(x, y) + math.log(2)).all()
 
 
 @torch.no_grad()

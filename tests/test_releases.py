@@ -1,14 +1,19 @@
 """Law 10: files written by earlier releases still load, evaluate to the same figure, and resume."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import command
+from helpers import command, refused
 
 import pixelcnn_lit
+from pixelcnn_lit.checkpoints import safetensors
+from pixelcnn_lit.checkpoints.read import read_checkpoint
+from pixelcnn_lit.runs.release import RELEASE
+from pixelcnn_lit.training import checkpoint_io
 
 RELEASES = sorted(path for path in (Path(__file__).parent / "releases").iterdir() if path.is_dir())
 FILES = [(release, name) for release in RELEASES for name in json.loads((release / "nll.json").read_text())]
@@ -27,6 +32,30 @@ def test_law_10_a_run_of_a_release_resumes(tmp_path, release):
     command("train", f"run_dir={tmp_path}/run", "ckpt=last", "trainer.max_epochs=3")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["epochs"], result["steps"]) == (3, 15)
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+def test_a_file_of_a_later_release_is_refused(tmp_path, run, kind, monkeypatch):
+    """As its own release writes it; what it holds may be anything."""
+    monkeypatch.setattr(checkpoint_io if kind == "ckpt" else safetensors, "RELEASE", "99.1.0")
+    file = tmp_path / f"x.{kind}"
+    if kind == "ckpt":
+        later = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True) | {"hyper_parameters": ["new"]}
+        checkpoint_io.AtomicCheckpointIO().save_checkpoint(later, file)
+    else:
+        safetensors.write_weights(file, pixelcnn_lit.load(str(run)).state_dict(), {"new": 1})
+    said = refused("evaluate", f"ckpt={file}", f"run_dir={tmp_path}/out")
+    assert said.endswith(f"x.{kind}: written by pixelcnn_lit 99.1.0, and this is {RELEASE}; install that release")
+
+
+def test_results_and_weights_say_what_they_were_made_with(run, tmp_path):
+    result = json.loads((run / "result.json").read_text())
+    assert result["pixelcnn_lit"] == RELEASE
+    assert result["torch"] == torch.__version__
+    assert f"{len(os.sched_getaffinity(0))} x " in result["hardware"]
+    command("export", f"ckpt={run}", f"out={tmp_path}/x.safetensors", f"run_dir={tmp_path}/out")
+    for file in (tmp_path / "x.safetensors", run / "checkpoints" / "last.ckpt"):
+        assert read_checkpoint(str(file))["pixelcnn_lit"] == RELEASE
 
 
 def test_law_10_the_mnist_weights_of_release_0_1_0_score_as_they_did():

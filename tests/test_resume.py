@@ -23,6 +23,7 @@ from pixelcnn_lit.lit.density_module import DensityModule
 from pixelcnn_lit.runs.places import CONF
 from pixelcnn_lit.runs.run_dir import new_dir
 from pixelcnn_lit.runs.saved import lock
+from pixelcnn_lit.training.checkpoint_io import AtomicCheckpointIO
 from pixelcnn_lit.training.resume import SeedEveryStep
 
 DROPOUT = "model.dropout=0.2"
@@ -344,6 +345,49 @@ def test_a_crafted_state_gets_one_line(cut, damage):
     last = cut / "checkpoints" / "last.ckpt"
     torch.save(torch.load(last, weights_only=True) | damage, last)
     refused("train", f"run_dir={cut}", "ckpt=last")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, whole, monkeypatch, capsys, seed):
+    """As on a disk without atomic rename, or with delayed writes: a part of the file arrives."""
+    save, rng, run = AtomicCheckpointIO.save_checkpoint, random.Random(seed), tmp_path / "run"
+
+    def save_and_tear(self, checkpoint, path, storage_options=None):
+        save(self, checkpoint, path)
+        if Path(path).name == "last.ckpt" and checkpoint["global_step"] >= 10:
+            content = Path(path).read_bytes()
+            Path(path).write_bytes(content[: rng.randrange(len(content))])
+
+    with monkeypatch.context() as delayed:
+        delayed.setattr(AtomicCheckpointIO, "save_checkpoint", save_and_tear)
+        cut_off(run, RUN, "training_step", 11)
+    cut_off(run, ["ckpt=last"], "training_step", 1)  # before anything is saved again
+    assert "resumes from the one before" in capsys.readouterr().out
+    train(run, "ckpt=last")
+    assert "resumes from the one before" not in capsys.readouterr().out
+    assert_same(final(run), final(whole("plain")))
+    for number in range(2):
+        (run / "checkpoints" / ("last-1.ckpt" if number else "last.ckpt")).write_bytes(b"torn")
+    assert "last.ckpt: damaged" in refused("train", f"run_dir={run}", "ckpt=last")
+
+
+def test_a_history_of_checkpoints_is_kept_and_resumed(tmp_path):
+    settings = [*RUN, "callbacks.best.save_top_k=2", "callbacks.last.keep=3", "dataset.num_workers=0"]
+    train(tmp_path / "whole", *settings)
+    cut_off(tmp_path / "cut", settings, "training_step", 12)
+    train(tmp_path / "cut", "ckpt=last")
+    assert_same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+    for run in (tmp_path / "cut", tmp_path / "whole"):
+        folder, result = run / "checkpoints", json.loads((run / "result.json").read_text())
+        scores = {point["step"]: point["val/bpd"] for point in result["history"]}
+        two = sorted(scores, key=scores.__getitem__)[:2]
+        names = {"best.ckpt", "last.ckpt", "last-1.ckpt", "last-2.ckpt", *(f"best-{step}.ckpt" for step in two)}
+        assert {path.name for path in folder.iterdir()} == names
+        assert (folder / "best.ckpt").samefile(folder / f"best-{two[0]}.ckpt")
+        steps = [read_checkpoint(str(folder / f"last{n}.ckpt"))["global_step"] for n in ("", "-1", "-2")]
+        assert steps == sorted(steps, reverse=True)
+        command("evaluate", f"ckpt={run}", "split=validation", "trainer=cpu", f"run_dir={tmp_path}/score")
+        assert json.loads((tmp_path / "score" / "evaluation.json").read_text())["images"] == 250
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -58,6 +58,7 @@ STEERED = [
     {"guidance_scale": 2.5},
     {"mix_with": 3, "mix_weight": 0.3},
     {"top_k": 5, "top_p": 0.95},
+    {"flip_mixture": True},
 ]
 
 
@@ -224,6 +225,17 @@ def test_known_pixels_stay_to_the_bit_and_are_what_the_others_follow(method, net
     assert torch.equal(again, free)  # its own beginning leads to its own end
 
 
+def test_a_coin_mirrors_an_image_whatever_else_is_drawn():
+    model = make("pixelcnn", "categorical", SHAPE, levels=17, num_classes=4)
+    as_it_is, mixed = (drawn(model, [1], n_per_class=40, flip_mixture=flip) for flip in (False, True))
+    mirrored = (mixed == as_it_is.flip(-1)).flatten(1).all(1)
+    assert torch.equal(mixed, torch.where(mirrored[:, None, None, None], as_it_is.flip(-1), as_it_is))
+    assert 8 < mirrored.sum() < 32
+    assert torch.equal(drawn(model, [2, 1], n_per_class=3, batch_size=2, flip_mixture=True)[3:], mixed[:3])
+    with pytest.raises(UserError, match="flip_mixture=true: pixels that are kept cannot be mirrored"):
+        drawn(model, [1], image=as_it_is[:1], known=torch.ones(4, 5, dtype=torch.bool), flip_mixture=True)
+
+
 @torch.no_grad()
 def test_a_network_that_sees_the_future_has_no_fixed_point_in_time():
     model = make(NETWORKS[0], "categorical", (1, 2, 2), levels=2, num_classes=1)
@@ -261,12 +273,13 @@ def test_a_drawing_that_was_cut_off_continues_with_what_is_missing(tmp_path, mon
 
     monkeypatch.setattr(Drawing, "fill", fill)
     assert batches_drawn(request) == 3
-    damaged, *others = sorted(tmp_path.iterdir())
+    damaged, *whole_ones = sorted(tmp_path.iterdir())
     damaged.write_bytes(damaged.read_bytes()[:-60])
-    assert len(others) == 2
+    assert len(whole_ones) == 2
     assert batches_drawn(request) == 2, "the damaged one, and the one that was never drawn"
     assert batches_drawn(request) == 0
-    for other in ({"seed": 1}, {"temperature": 0.5}, {"guidance_scale": 2.0}, {"batch_size": 3}):
+    others = ({"seed": 1}, {"temperature": 0.5}, {"guidance_scale": 2.0}, {"batch_size": 3}, {"flip_mixture": True})
+    for other in others:
         assert batches_drawn(request, **other) == 3, other
     assert batches_drawn(replace(request, density=density("pixelcnn", "categorical", SHAPE, levels=3))) == 3
 

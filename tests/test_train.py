@@ -349,7 +349,7 @@ def test_the_benchmark_measures_each_sampler_beside_the_others(tmp_path, monkeyp
     small = ["model_size=tiny", "model=pixelcnn_published", "image_shape=[1,6,6]", "batch_size=2", "rounds=1"]
     command("benchmark", *small, f"run_dir={tmp_path}")
     result = json.loads((tmp_path / "benchmark.json").read_text())
-    samplers = ("one forward", "naive", "cached", "cached, bf16", "compress", "decompress", "fixed_point")
+    samplers = ("one forward", "naive", "cached", "cached, bf16", "compress", "decompress")
     assert set(result["sampling"]) == {f"sampling, {n}" for n in samplers}
     assert result["sampling"]["sampling, naive"]["times naive"] == 1
     assert "of a dense convolution" in capsys.readouterr().out
@@ -619,7 +619,7 @@ def test_a_checkpoint_cut_off_while_it_is_written_leaves_the_earlier_one(tmp_pat
         broken.setattr({"save": torch}.get(moment, os), moment, cut_off)
         with pytest.raises(OSError, match="no space"):
             io.save_checkpoint({"step": torch.tensor(2)}, path)
-    assert torch.load(path, weights_only=True) == {"step": torch.tensor(1)}
+    assert torch.load(path, weights_only=True)["step"] == 1
     assert list(path.parent.iterdir()) == [path]
 
 

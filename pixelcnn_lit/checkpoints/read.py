@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pixelcnn_lit.checkpoints.safetensors import read_weights
 from pixelcnn_lit.config.errors import UserError, first_line
-from pixelcnn_lit.runs.saved import checkpoint_file
+from pixelcnn_lit.runs.release import WRITTEN_BY, refuse_later
+from pixelcnn_lit.runs.saved import checkpoint_file, damage
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -30,6 +31,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             f"ckpt={path}: damaged, or not a checkpoint of plain values ({first_line(error)}); type another ckpt"
         ) from error
     parts = [content.get(key) if isinstance(content, dict) else None for key in ("hyper_parameters", "state_dict")]
+    if isinstance(content, dict):
+        refuse_later(content.get(WRITTEN_BY), f"ckpt={path}")
     if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"ckpt={path}: not a checkpoint of this program; type another ckpt")
     weights = [weight for weight in content["state_dict"].values() if isinstance(weight, Tensor)]
@@ -52,10 +55,6 @@ def require_same(path: str, saved: dict[str, Any], present: dict[str, Any], sett
 
 
 def _read_archive(path: str) -> Any:
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type for entry in archive.infolist()):
-            raise zipfile.BadZipFile("it is compressed, as no checkpoint is")  # and might unpack to any size
-        damaged = archive.testzip()
-    if damaged:
-        raise zipfile.BadZipFile(f"bad checksum in {damaged}")
+    if wrong := damage(Path(path)):
+        raise zipfile.BadZipFile(wrong)
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.runs.atomic import atomic_write
+from pixelcnn_lit.runs.release import RELEASE, WRITTEN_BY
 
 
 def write_weights(path: Path, weights: dict[str, Tensor], hyper_parameters: dict[str, Any]) -> None:
@@ -20,7 +21,7 @@ def write_weights(path: Path, weights: dict[str, Tensor], hyper_parameters: dict
         raise UserError(f"out={path}: type a name that ends in .safetensors")
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     config = json.dumps(hyper_parameters)
-    metadata = {"format": "pt", "hyper_parameters": config, "sha256": digest(weights, config)}
+    metadata = {"format": "pt", "hyper_parameters": config, "sha256": digest(weights, config), WRITTEN_BY: RELEASE}
     with atomic_write(path) as file:
         file.write(safetensors_bytes(weights, metadata))
 
@@ -33,7 +34,8 @@ def read_weights(path: str) -> dict[str, Any]:
         raise UserError(f"ckpt={path}: not written by pixelcnn_lit.export; type another ckpt")
     if digest(weights, metadata["hyper_parameters"]) != metadata["sha256"]:
         raise ValueError("its SHA-256 is not the one written in it")
-    return {"hyper_parameters": json.loads(metadata["hyper_parameters"]), "state_dict": weights}
+    settings = json.loads(metadata["hyper_parameters"])
+    return {"hyper_parameters": settings, "state_dict": weights, WRITTEN_BY: metadata.get(WRITTEN_BY)}
 
 
 def digest(weights: dict[str, Tensor], config: str) -> str:

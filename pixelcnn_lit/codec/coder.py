@@ -42,14 +42,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLA
 
 stream: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue] (an extension, without types)
 FAMILY = stream.model.Categorical(perfect=False)
+BIT = stream.model.Uniform(2)
 
 
 class Compressed(NamedTuple):
-    """A file, and what of it would be needed at least: bits of all levels by the model, and of all classes."""
+    """A file, and what of it would be needed at least: bits of all levels by the model, of all classes, of flips."""
 
     content: bytes
     model_bits: float
     class_bits: float
+    flip_bits: float
 
 
 class Stream(NamedTuple):
@@ -65,17 +67,28 @@ Done = TypeVar("Done", Stream, Split)
 
 @dataclass(frozen=True)
 class Coder:
-    """What writes and reads a batch, which is a stream of its own."""
+    """What writes and reads a batch, which is a stream of its own.
+
+    Args:
+        flip: whether an image may be written mirrored, which takes a bit to say. That is not the mixture of the two, as
+            `Density.nats` scores it: of two images of alike probability, the mixture would take no more bits.
+    """
 
     model: Density
     threads: int
+    flip: bool = False
 
     def write(self, images: Split, watch: Watch | None = None) -> Stream:
         """Images uint8 [B,C,H,W] and their classes, if the model knows more than one."""
         encoder, bits = stream.queue.RangeEncoder(), 0.0
-        given = images.x.to(self.model.device).flatten(2)
         if len(self.model.classes) > 1:
             encoder.encode(images.y.numpy().astype(np.int32), stream.model.Uniform(len(self.model.classes)))
+        x = images.x
+        if self.flip:
+            mirrored = self._shorter_mirrored(images)
+            encoder.encode(mirrored.numpy().astype(np.int32), BIT)
+            x = flipped(x, mirrored)
+        given = x.to(self.model.device).flatten(2)
 
         def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
             nonlocal bits
@@ -96,12 +109,20 @@ class Coder:
         y = torch.full((written.images,), self.model.classes[0])
         if len(self.model.classes) > 1:
             y = torch.from_numpy(decoder.decode(stream.model.Uniform(len(self.model.classes)), written.images)).long()
+        mirrored = torch.zeros(written.images, dtype=torch.bool)
+        if self.flip:
+            mirrored = torch.from_numpy(decoder.decode(BIT, written.images)) > 0
 
         def pick(logits: Tensor, c: int, pixels: slice) -> Tensor:
             levels = torch.from_numpy(decoder.decode(FAMILY, frequencies(logits)))
             return levels.view(len(logits), -1).to(self.model.device, self.model.level_dtype)
 
-        return Split(self._walk(y, pick, watch), y)
+        return Split(flipped(self._walk(y, pick, watch), mirrored), y)
+
+    def _shorter_mirrored(self, images: Split) -> Tensor:
+        """Return which images take fewer bits mirrored, bool [B]."""
+        as_it_is, mirrored = (self.model.nats(x, images.y).cpu() for x in (images.x, images.x.flip(-1)))
+        return mirrored < as_it_is
 
     def _walk(self, y: Tensor, pick: Pick, watch: Watch | None) -> Tensor:
         """Go through images of classes y as the cached sampler does, and return them."""
@@ -136,11 +157,19 @@ class Coder:
         return [done[n] for n in range(len(tasks))]
 
 
-def compress(model: Density, images: Split, batch_size: int, processes: int = 1) -> Compressed:
-    """Images uint8 [N,C,H,W] of classes int64 [N]; those do not matter to a model that was trained without."""
+def flipped(x: Tensor, mirrored: Tensor) -> Tensor:
+    """Images [B,C,H,W], mirrored where bool [B] says so."""
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+
+def compress(model: Density, images: Split, batch_size: int, processes: int = 1, flip: bool = False) -> Compressed:
+    """Images uint8 [N,C,H,W] of classes int64 [N]; those do not matter to a model that was trained without.
+
+    `flip`: see `Coder`.
+    """
     if len(model.classes) == 1:
         images = Split(images.x, torch.full_like(images.y, model.classes[0]))
-    coder = Coder(model, torch.get_num_threads())
+    coder = Coder(model, torch.get_num_threads(), flip)
     streams = coder.of_all(Coder.write, [part.held() for part in images.parts(batch_size)], processes, "compressing")
     payload, text = joined([each.words for each in streams]), platform_tag(model.device).encode()
     channels, height, width = model.image_shape
@@ -156,11 +185,13 @@ def compress(model: Density, images: Split, batch_size: int, processes: int = 1)
         payload_bytes=len(payload),
         payload_crc=zlib.crc32(payload),
         digest=images_digest(images),
+        flip=flip,
         text_bytes=len(text),
     )
     head = MAGIC + HEADER.pack(*header) + text
     content = head + CRC.pack(zlib.crc32(head)) + payload
-    return Compressed(content, sum(each.model_bits for each in streams), len(images) * class_bits(model))
+    model_bits = sum(each.model_bits for each in streams)
+    return Compressed(content, model_bits, len(images) * class_bits(model), flip * len(images))
 
 
 def decompress(model: Density, content: bytes, where: str, processes: int = 1) -> Split:
@@ -172,7 +203,7 @@ def decompress(model: Density, content: bytes, where: str, processes: int = 1) -
     streams = [Stream(words, n) for words, n in zip(apart, sizes, strict=True)]
     differs = UserError(f"{where}: this machine computes other probabilities than the one that wrote it")
     try:
-        read = Coder(model, header.threads).of_all(Coder.read, streams, processes, "decompressing")
+        read = Coder(model, header.threads, bool(header.flip)).of_all(Coder.read, streams, processes, "decompressing")
     except AssertionError:  # constriction's, of bits that nothing could have written under such probabilities
         raise differs from None
     x, y = [part.x for part in read], [part.y for part in read]

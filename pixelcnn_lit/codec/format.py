@@ -6,13 +6,14 @@ So writer and reader must compute the same probabilities to the bit. The file sa
 elsewhere; and it holds a digest of the images, so that nothing wrong is ever returned.
 
 A file, little-endian:
-    4 bytes    b"PLC2", format and version
+    4 bytes    b"PLC3", format and version
     header     HEADER, below
-    n bytes    where it was written: device, its instructions, torch, constriction; ASCII
+    n bytes    where it was written: device, its instructions, torch, constriction, this program; ASCII
     uint32     CRC-32 of all that precedes
     payload    uint32 for each batch: the words of its stream; and then all streams. A stream is 32-bit words of the
-               range coder: the classes of the batch, each as likely as the others, and then, step by step and channel
-               by channel: image by image, pixel by pixel of a wavefront
+               range coder: the classes of the batch, each as likely as the others; where the header says so, a bit
+               an image, 1 where it is written mirrored; and then, step by step and channel by channel: image by image,
+               pixel by pixel of a wavefront
 """
 
 import hashlib
@@ -30,11 +31,12 @@ from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.data.images import Split
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.runs.machine import MOST_THREADS
+from pixelcnn_lit.runs.release import RELEASE, WRITTEN_BY
 
-MAGIC = b"PLC2"
+MAGIC = b"PLC3"
 # Digest of weights and settings; channels, height, width, largest level; images; images a batch; threads; payload's
-# bytes and CRC-32; digest of the images; length of the text that follows.
-HEADER = struct.Struct("<16s4HI2HII16sB")
+# bytes and CRC-32; digest of the images; whether some may be mirrored; length of the text that follows.
+HEADER = struct.Struct("<16s4HI2HII16s2B")
 CRC = struct.Struct("<I")
 BITS = 24
 MAX_BATCH = 1024  # images
@@ -52,6 +54,7 @@ class Header(NamedTuple):
     payload_bytes: int
     payload_crc: int
     digest: bytes
+    flip: int
     text_bytes: int
 
 
@@ -106,9 +109,10 @@ def taken_apart(payload: bytes, n: int, where: str) -> list[np.ndarray]:
 
 
 def platform_tag(device: torch.device) -> str:
-    """Return what bits depend on beside the model: device, its instructions, torch, and the range coder."""
+    """Return what bits depend on beside the model: device, its instructions, torch, range coder, program."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return f"{device.type} {name} torch {torch.__version__} constriction {version('constriction')}"
+    packages = {"torch": torch.__version__, "constriction": version("constriction"), WRITTEN_BY: RELEASE}
+    return " ".join([device.type, name, *(f"{package} {its_version}" for package, its_version in packages.items())])
 
 
 def class_bits(model: Density) -> float:

@@ -1,4 +1,6 @@
-"""Bayes' rule on exact likelihoods: p(y | x) ∝ p(x | y) p(y), and p(x), the sum."""
+"""Exact likelihoods put together: Bayes' rule, p(y | x) ∝ p(x | y) p(y), with p(x), the sum; and an even mixture."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -17,3 +19,8 @@ def marginal(log_likelihoods: Tensor, prior: Tensor) -> Tensor:
 def posterior(log_likelihoods: Tensor, prior: Tensor) -> Tensor:
     """log p(y | x) [N,num_classes] from log p(x | y) [N,num_classes] and p(y) [num_classes]."""
     return (log_likelihoods.double() + prior.log()).log_softmax(1)
+
+
+def even_mixture(nats: Tensor, others: Tensor) -> Tensor:
+    """-log(p / 2 + q / 2) of nats -log p and -log q: at most log 2 more than the smaller of them."""
+    return math.log(2) - torch.logaddexp(-nats, -others)

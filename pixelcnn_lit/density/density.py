@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pixelcnn_lit.checkpoints.safetensors import digest
 from pixelcnn_lit.config.build import build, inspect_config
 from pixelcnn_lit.config.errors import UserError
-from pixelcnn_lit.density.bayes import posterior
+from pixelcnn_lit.density.bayes import even_mixture, posterior
 from pixelcnn_lit.models.protocols import Embedding, Likelihood, Network, SteppableNetwork, Stepper
 from pixelcnn_lit.nn.layers import checkpoint_blocks
 from pixelcnn_lit.nn.levels import MOST_CHANNELS, level_dtype
@@ -208,7 +208,7 @@ class Density(nn.Module):
         return self.likelihood.log_prob(self.features(x, y), x)
 
     @torch.no_grad()
-    def nats(self, x: Tensor, y: Tensor | Sequence[int | str]) -> Tensor:
+    def nats(self, x: Tensor, y: Tensor | Sequence[int | str], flip_mixture: bool = False) -> Tensor:
         """Return -log p(x | y) in nats an image [B]; no gradients; to train, call the model itself.
 
         Raises UserError, a ValueError, where these are no images and classes of this model.
@@ -216,9 +216,13 @@ class Density(nn.Module):
         Args:
             x: levels uint8 [B,C,H,W].
             y: the class of each, int64 [B], or a list of classes by name or number.
+            flip_mixture: of the density that is half this one and half this one of the mirror image: 1 bit more at
+                most, and less where what is seen may as well be mirrored.
         """
+        x, y = self._checked(x, y)
         with eval_mode(self):
-            return self(*self._checked(x, y))
+            nats = self(x, y)
+            return even_mixture(nats, self(x.flip(-1), y)) if flip_mixture else nats
 
     @torch.no_grad()
     def bits_per_pixel(self, x: Tensor, y: Tensor | Sequence[int | str]) -> Tensor:

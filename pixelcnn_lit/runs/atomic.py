@@ -1,6 +1,7 @@
 """Files that are whole or absent."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,21 @@ def atomic_write_text(target: Path, text: str) -> None:
     """`text` and a newline as the file `target`, whole or not at all."""
     with atomic_write(target) as file:
         file.write(f"{text}\n".encode(errors="backslashreplace"))  # a path may hold bytes that are no text
+
+
+def second_name(file: Path, name: Path) -> None:
+    """Let `file` be found under another `name`, too, whatever had it before: a link, or where there are none a copy."""
+    if name.exists() and name.samefile(file):
+        return
+    unfinished = name.with_name(f"{UNFINISHED}{os.getpid()}-{name.name}")
+    try:
+        os.link(file, unfinished)
+        os.replace(unfinished, name)
+    except OSError:
+        with open(file, "rb") as content, atomic_write(name) as copy:
+            shutil.copyfileobj(content, copy)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def remove_partial_files(directory: Path) -> None:

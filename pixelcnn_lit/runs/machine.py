@@ -1,6 +1,7 @@
 """The machine: what it is fast at, and how much of it a command takes."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Annotated
 import torch
 from annotated_types import Interval
 from torch import nn
+
+from pixelcnn_lit.runs.release import RELEASE, WRITTEN_BY
 
 # What is computed in float32 is float32: CUDA's convolutions otherwise keep 10 bits of the mantissa (TF32). Here, since
 # every command passes here.
@@ -33,6 +36,25 @@ def fast_bf16(accelerator: str) -> bool:
 def best_device() -> torch.device:
     """Return where to sample: the accelerator of this machine, if it has one."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def made_with(device: torch.device) -> dict[str, str]:
+    """Return what a file of results says of where its figures come from: the releases, and the hardware."""
+    return {WRITTEN_BY: RELEASE, "torch": str(torch.__version__), "hardware": hardware(device)}
+
+
+def hardware(device: torch.device) -> str:
+    """Return the name of a GPU; of CPUs how many cores of which, and the instructions that torch makes use of."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # Linux, whose `platform` does not know
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    amx = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return f"{cores()} x {name}, {torch.backends.cpu.get_cpu_capability()}{amx}"
 
 
 def cores() -> int:

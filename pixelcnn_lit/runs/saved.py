@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -123,13 +124,38 @@ def with_dataset_of_run(words: Sequence[str]) -> list[str]:
     return [*words[:place], *known, *words[place:]]
 
 
-def last_checkpoint(directory: Path) -> Path:
-    return directory / "checkpoints" / "last.ckpt"
+def last_checkpoint(directory: Path, before: int = 0) -> Path:
+    """Return where the last checkpoint of a run is, or the one that was the last so many times before."""
+    return directory / "checkpoints" / (f"last-{before}.ckpt" if before else "last.ckpt")
+
+
+def last_whole_checkpoint(directory: Path) -> Path | None:
+    """Return the last of a run's checkpoints that is no torn file, as delayed writes of a network's disk leave them.
+
+    If there is none, that is the last of all, which will be refused; None where there never was one.
+    """
+    kept = [last_checkpoint(directory)]
+    while (before := last_checkpoint(directory, len(kept))).is_file():
+        kept.append(before)
+    kept = [path for path in kept if path.is_file()]
+    return next((path for path in kept if not damage(path)), kept[0] if kept else None)
+
+
+def damage(path: Path) -> str:
+    """Return what is wrong with a .ckpt, which is a zip archive with checksums; nothing where it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):
+                return "it is compressed, as no checkpoint is"  # and might unpack to any size
+            damaged = archive.testzip()
+    except Exception as error:  # zip names its troubles in a dozen classes
+        return first_line(error)
+    return f"bad checksum in {damaged}" if damaged else ""
 
 
 def find_resume_checkpoint(directory: Path, ckpt: str | None, or_anew: bool) -> Path | None:
     """Return the checkpoint to resume from in `directory`, or None to start; `or_anew` takes what there is."""
-    last = last_checkpoint(directory)
+    last = last_whole_checkpoint(directory)
     for requeued in directory.glob("hpc_ckpt_*"):  # Lightning would take it before all others, and check nothing
         raise UserError(f"{relative(requeued)}: none of this program's; remove it")
     if ckpt not in (None, "last"):
@@ -140,11 +166,11 @@ def find_resume_checkpoint(directory: Path, ckpt: str | None, or_anew: bool) -> 
             raise UserError(f"ckpt={ckpt}: of another run; leave out run_dir, or type ckpt=last")
         if path.is_file():
             return path
-    if last.is_file() and (ckpt or or_anew or "SLURM_RESTART_COUNT" in os.environ):
+    if last and (ckpt or or_anew or "SLURM_RESTART_COUNT" in os.environ):
         return last
     if ckpt:
         raise UserError(f"run_dir={relative(directory)}: nothing was saved there yet; {_run_meant(directory)}")
-    if last.is_file():
+    if last:
         other = "another run_dir or run_name"
         raise UserError(f"run_dir={relative(directory)}: holds a run; type ckpt=last to resume, or {other}")
     return None

@@ -78,6 +78,7 @@ def draw(
     mix_weight: Annotated[float, Interval(ge=0.001, le=0.999)] = 0.5,
     batch_size: Annotated[int, Ge(1)] = 64,
     bf16: bool = False,
+    flip_mixture: bool = False,
 ) -> Tensor:
     """Images of each class asked for: uint8 [K,n_per_class,C,H,W].
 
@@ -87,8 +88,11 @@ def draw(
         temperature, top_k, top_p: see `sharpened`. guidance_scale, mix_with, mix_weight: see `GuidedModel`.
         batch_size: images at a time at most, which changes nothing but time and memory.
         bf16: the network in bfloat16: faster where the machine is, and approximate.
+        flip_mixture: each image is mirrored or not, by a coin: a draw from the density that `Density.nats` scores so.
     """
     refuse_steering(request.density, guidance_scale, mix_with)
+    if flip_mixture and request.known is not None:
+        raise UserError("flip_mixture=true: pixels that are kept cannot be mirrored; leave it out")
     if method == "cached" and not request.density.can_step:
         method = "fixed_point"
     drawing = Drawing(
@@ -97,12 +101,14 @@ def draw(
         method=method,
         steering={"guidance_scale": guidance_scale, "mix_with": mix_with, "mix_weight": mix_weight},
         sharpening={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        flip_mixture=flip_mixture,
     )
     keys = _keys(request.y, n_per_class, seed)
     image = None if request.image is None else request.image.repeat_interleave(n_per_class, 0)
     density = request.density
     canvas = torch.zeros(len(keys), *density.image_shape, dtype=density.level_dtype, device=request.y.device)
-    own = [drawing.method, drawing.steering, drawing.sharpening, keys, batch_size, bf16, torch.get_num_threads()]
+    own = [drawing.method, drawing.steering, drawing.sharpening, flip_mixture, keys, batch_size, bf16]
+    own += [torch.get_num_threads()]
     kept = Parts(request.parts, [*own, density.digest()] if request.parts else None)
     parts = [part for part in cut(len(keys), batch_size) if not kept.find(part, canvas)]
     batches = [Batch(keys[part], None if image is None else image[part]) for part in parts]
@@ -156,6 +162,7 @@ class Drawing:
     method: str
     steering: dict[str, Any]  # of GuidedModel
     sharpening: dict[str, Any]  # of picker
+    flip_mixture: bool
 
     def fill(self, canvas: Tensor, batch: Batch, watch: Watch | None = None) -> None:
         """Fill uint8 [B,C,H,W] in place with the images of a batch."""
@@ -168,6 +175,9 @@ class Drawing:
                 fixed_point(model, pick, canvas, watch)
             else:
                 walk(model, pick, canvas, stepwise=self.method == "cached", watch=watch)
+        if self.flip_mixture:
+            mirrored = torch.cat([uniform(_coin(key), (1,)) < 0.5 for key in batch.keys]).to(canvas.device)
+            canvas[mirrored] = canvas[mirrored].flip(-1)
 
 
 def half_precision(density: ImageDensity) -> ImageDensity:
@@ -187,6 +197,11 @@ def _keys(y: Tensor, n_per_class: int, seed: int) -> list[tuple[int, int, int, i
         keys.append((seed, label, drawn[label], 1))
         drawn[label] += 1
     return keys
+
+
+def _coin(key: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """Return the key of the noise that mirrors an image, from that of its levels."""
+    return (*key[:3], 2)
 
 
 def picklable(density: SomeDensity) -> SomeDensity:

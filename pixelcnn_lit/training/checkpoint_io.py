@@ -10,6 +10,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.runs.atomic import atomic_write
+from pixelcnn_lit.runs.release import RELEASE, WRITTEN_BY
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -22,7 +23,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         try:
             with atomic_write(Path(path)) as file:
-                torch.save(checkpoint, file)
+                torch.save({**checkpoint, WRITTEN_BY: RELEASE}, file)
         except (OSError, RuntimeError) as error:
             needed, free = _size(checkpoint), shutil.disk_usage(Path(path).parent).free
             # torch may hide a full disk behind a RuntimeError of its zip writer.

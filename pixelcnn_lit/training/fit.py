@@ -28,7 +28,7 @@ from pixelcnn_lit.data.datamodule import ImageData
 from pixelcnn_lit.data.images import fingerprint
 from pixelcnn_lit.lit.trainable import Trainable
 from pixelcnn_lit.runs.atomic import atomic_write, atomic_write_text
-from pixelcnn_lit.runs.machine import step_work
+from pixelcnn_lit.runs.machine import made_with, step_work
 from pixelcnn_lit.runs.run_dir import relative
 from pixelcnn_lit.runs.saved import CONFIG, last_checkpoint
 from pixelcnn_lit.training.callbacks import (
@@ -75,6 +75,7 @@ class Fitted(NamedTuple):
             "precision": self.trainer.precision,
             "checkpoint": self.best_checkpoint,
             "history": self.history,
+            **made_with(self.trainer.strategy.root_device),
         }
 
 

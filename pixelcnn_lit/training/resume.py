@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from pixelcnn_lit.config.errors import first_line
 from pixelcnn_lit.data.loader import Batches
-from pixelcnn_lit.runs.atomic import remove_partial_files
+from pixelcnn_lit.runs.atomic import remove_partial_files, second_name
 from pixelcnn_lit.runs.lightning_internals import Loops
 from pixelcnn_lit.runs.saved import last_checkpoint
 from pixelcnn_lit.runs.signals import Stopped, note_signals, noted
@@ -53,12 +53,18 @@ class LastCheckpoint(Checkpoint):
     that a resumed run would repeat; several processes agree on it first. A sample grid is left unfinished where the
     first process got the signal, which draws it. At SIGUSR1, which Slurm sends before the time is over
     (`sbatch --signal=USR1@120`), the job is requeued.
+
+    `keep` of them are kept: last.ckpt, last-1.ckpt before it, and so on.
     """
 
     def __init__(
-        self, every_n_minutes: Annotated[float, Ge(0)] = 10.0, every_n_steps: Annotated[int, Ge(1)] | None = None
+        self,
+        every_n_minutes: Annotated[float, Ge(0)] = 10.0,
+        every_n_steps: Annotated[int, Ge(1)] | None = None,
+        keep: Annotated[int, Ge(1)] = 2,
     ) -> None:
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
+        self.keep = keep
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.path = last_checkpoint(Path(trainer.default_root_dir))
@@ -101,6 +107,8 @@ class LastCheckpoint(Checkpoint):
             self._stop(trainer, signum)
 
     def _save(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            keep_before(self.path.parent.parent, self.keep)
         trainer.save_checkpoint(self.path)
         self._saved = True
         self._saved_at = time.monotonic()
@@ -166,6 +174,14 @@ class LastCheckpoint(Checkpoint):
         for state in checkpoint["callbacks"].values():
             if "best_model_path" in state:
                 move_paths(state, self.path.parent)
+
+
+def keep_before(directory: Path, keep: int) -> None:
+    """Let the last checkpoints of a run be those before the last, before another is written; `keep` with that one."""
+    for before in range(keep - 1, 0, -1):
+        newer = last_checkpoint(directory, before - 1)
+        if newer.is_file():
+            second_name(newer, last_checkpoint(directory, before))
 
 
 def move_paths(state: dict[str, Any], here: Path) -> None:

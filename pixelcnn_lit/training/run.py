@@ -14,9 +14,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from pixelcnn_lit.config.build import check
 from pixelcnn_lit.config.errors import UserError
 from pixelcnn_lit.config.quoting import setting
+from pixelcnn_lit.runs.atomic import second_name
 from pixelcnn_lit.runs.run_dir import relative, run_dir
 from pixelcnn_lit.runs.saved import (
     MAY_CHANGE_ON_RESUME,
+    damage,
     find_resume_checkpoint,
     last_checkpoint,
     lock,
@@ -79,6 +81,9 @@ def open_run(ckpt: str | None, settings: dict[str, Any], or_anew: bool) -> Itera
         start = find_resume_checkpoint(directory, ckpt, or_anew)
         new = {"scheduler": None, **settings, "overrides": typed}
         settings = saved_settings(directory, typed) if start else new
+        last = last_checkpoint(directory)
+        if start and start.name.startswith("last-") and (wrong := damage(last)):
+            put_in_place(start, last, wrong)
         try:
             with ExitStack() as closing:
                 yield Run(directory, start, settings, closing)
@@ -106,6 +111,13 @@ def completed_result() -> dict[str, Any] | None:
         )
     print(f"{relative(directory)}: completed before, left alone")
     return result
+
+
+@rank_zero_only
+def put_in_place(before: Path, last: Path, wrong: str) -> None:
+    """Let a checkpoint be the last one, in which something is wrong, and which is none to be kept any longer."""
+    print(f"{relative(last)}: {wrong}; resumes from the one before, {relative(before)}")
+    second_name(before, last)
 
 
 @rank_zero_only
