@@ -140,13 +140,17 @@ def test_law_6_a_checkpoint_loaded_and_asked_again_gives_the_same_bits(network, 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @torch.no_grad()
 def test_bf16_features_are_raised_to_float32(likelihood):
-    inside = make(NETWORKS[0], likelihood, (3, 4, 4), 256).likelihood
-    features = torch.randn(2, inside.out_channels, 4, 4).bfloat16()
+    model = make(NETWORKS[0], likelihood, (3, 4, 4), 256).float()
+    features = torch.randn(2, model.likelihood.out_channels, 4, 4).bfloat16()
     x = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    model.features = lambda x, y: features
     with torch.autocast("cpu", torch.bfloat16):
-        assert inside.bfloat16().log_prob(features, x).dtype == torch.float32
-        assert inside.float().log_prob(features, x).dtype == torch.float32
-        assert inside.double().log_prob(features.double(), x).dtype == torch.float64
+        in_training = model.log_prob(x, torch.tensor([0, 1]))
+    inside = model.likelihood
+    assert in_training.dtype == torch.float32
+    assert torch.equal(in_training, inside.log_prob(features, x))
+    assert inside.bfloat16().log_prob(features, x).dtype == torch.float32
+    assert inside.double().log_prob(features.double(), x).dtype == torch.float64
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -42,7 +42,7 @@ def test_the_channels_of_a_mixture_multiply_to_the_joint_of_the_paper(channels, 
         features = torch.randn(1, inside.out_channels, generator=generator, dtype=torch.float64) / 2
         x = torch.randint(levels, (1, channels), generator=generator, dtype=torch.uint8)
         conditionals = [inside.channel_logits(features, x, c)[0, int(x[0, c])] for c in range(channels)]
-        parameters = features.reshape(-1, 4) + inside.start(features.device, torch.float64)
+        parameters = features.reshape(-1, 4) + inside.start.double()
         by_hand = math.log(joint_by_hand(parameters, x[0].tolist(), levels))
         assert abs(float(sum(conditionals)) - by_hand) < 1e-9
         assert abs(float(inside.log_prob(features[..., None, None], x[..., None, None]).sum()) - by_hand) < 1e-9

@@ -205,7 +205,9 @@ class Density(nn.Module):
 
     def log_prob(self, x: Tensor, y: Tensor) -> Tensor:
         """Nats of each value given the class and all before it, [B,C,H,W]; arguments as of `forward`."""
-        return self.likelihood.log_prob(self.features(x, y), x)
+        features = self.features(x, y)
+        with torch.autocast(features.device.type, enabled=False):  # probabilities are float32, however it trains
+            return self.likelihood.log_prob(features, x)
 
     @torch.no_grad()
     def nats(self, x: Tensor, y: Tensor | Sequence[int | str], flip_mixture: bool = False) -> Tensor:

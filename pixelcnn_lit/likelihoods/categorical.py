@@ -59,13 +59,14 @@ class Categorical(nn.Module):
 
     def _levels_last(self, features: Tensor, x: Tensor, c: int) -> Tensor:
         """channel_logits as [B,...,V]: what channels-last memory, Linear and Embedding have at hand without a copy."""
-        with torch.autocast(features.device.type, enabled=False):
-            h = features.movedim(1, -1).unflatten(-1, (self.channels, -1))[..., c, :]
-            h = h.to(torch.promote_types(h.dtype, torch.float32))
-            for b in range(c if self.has_colour else 0):
-                h = h + self.tables[f"{b}_{c}"](x[:, b].long())
-            if self.has_head:
-                head = self.heads[c]
-                assert isinstance(head, nn.Linear)
-                h = F.linear(F.relu(h), head.weight.to(h.dtype), head.bias.to(h.dtype))
-            return h.log_softmax(-1)
+        h = features.movedim(1, -1)
+        if self.channels > 1:
+            h = h.unflatten(-1, (self.channels, -1))[..., c, :]
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        for b in range(c if self.has_colour else 0):
+            h = h + self.tables[f"{b}_{c}"](x[:, b].long())
+        if self.has_head:
+            head = self.heads[c]
+            assert isinstance(head, nn.Linear)
+            h = F.linear(F.relu(h), head.weight.to(h.dtype), head.bias.to(h.dtype))
+        return h.log_softmax(-1)

@@ -1,6 +1,7 @@
 """A mixture of discretised logistics."""
 
 import math
+from collections.abc import Callable
 from itertools import combinations
 from typing import Annotated, NamedTuple
 
@@ -49,46 +50,48 @@ class LogisticMixture(nn.Module):
         # As published, -7 at 256 levels: a bin is at most 8.6 scales wide, and holds at most 0.97 of a logistic. Below
         # it nothing is gained, and gradients, which go with 1/scale, blow up. Above the ceiling masses underflow.
         self.floor, self.ceiling = math.log(2 / (levels - 1)) - 2.15, 5.0
+        self.start = self._start()
 
     def channel_logits(self, features: Tensor, x: Tensor, c: int) -> Tensor:
         """log p(x_c | x_<c, earlier pixels), normalised: features [B,D,...], x [B,C,...] -> [B,V,...], >= float32."""
-        with torch.autocast(features.device.type, enabled=False):
-            mixture = self._mixture(features)
-            joint = mixture.log_weight  # log pi_k p_k(x_<c), [B,...,K]
-            for b in range(c):
-                joint = joint + self._log_mass(mixture, x, b)
-            mean, log_scale = self._logistic(mixture, x, c)
-            parts = [part.flatten(0, -2).split(PIXELS) for part in (joint.log_softmax(-1), mean, log_scale)]
-            logits = torch.cat([self._every_level(*some) for some in zip(*parts, strict=True)])  # [pixels,V]
-            return logits.unflatten(0, joint.shape[:-1]).movedim(-1, 1)
+        mixture = self._mixture(features)
+        joint = mixture.log_weight  # log pi_k p_k(x_<c), [B,...,K]
+        for b in range(c):
+            joint = joint + self._log_mass(mixture, x, b)
+        mean, log_scale = self._logistic(mixture, x, c)
+        parts = [part.flatten(0, -2).split(PIXELS) for part in (joint.log_softmax(-1), mean, log_scale)]
+        logits = torch.cat([self._every_level(*some) for some in zip(*parts, strict=True)])  # [pixels,V]
+        return logits.unflatten(0, joint.shape[:-1]).movedim(-1, 1)
 
     def log_prob(self, features: Tensor, x: Tensor) -> Tensor:
         """Nats of each value: features [B,D,H,W], x uint8 [B,C,H,W] -> [B,C,H,W]."""
-        with torch.autocast(features.device.type, enabled=False):
-            mixture = self._mixture(features)
-            joint = [mixture.log_weight]  # log pi_k p_k(x_<c) of every c, up to the constant that the first one sums to
-            for c in range(self.channels):
-                joint.append(joint[-1] + self._log_mass(mixture, x, c))
-            totals = torch.stack([each.logsumexp(-1) for each in joint], dim=1)
-            return totals[:, 1:] - totals[:, :-1]
+        mixture = self._mixture(features)
+        joint = [mixture.log_weight]  # log pi_k p_k(x_<c) of every c, up to the constant that the first one sums to
+        for c in range(self.channels):
+            joint.append(joint[-1] + self._log_mass(mixture, x, c))
+        totals = torch.stack([each.logsumexp(-1) for each in joint], dim=1)
+        return totals[:, 1:] - totals[:, :-1]
 
     def _mixture(self, features: Tensor) -> Mixture:
         """Features [B,D,...] as what they mean, which channels-last memory has side by side."""
         h = features.movedim(1, -1).unflatten(-1, (self.groups, self.n_mixtures))
-        groups = (h + self.start(h.device, torch.promote_types(h.dtype, torch.float32))).unbind(-2)
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        groups = (h + self.start.to(h)).unbind(-2)
         n = self.channels
         slopes = dict(zip(self.pairs, groups[1 + 2 * n :], strict=True))
         return Mixture(groups[0], groups[1 : 1 + n], groups[1 + n : 1 + 2 * n], slopes)
 
-    def start(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The groups, [D/K,K], of features that are zero: equal weights, means side by side, scales that just overlap.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves and casts the start with the rest. As a buffer it would be averaged by an EMA, and so rounded."""
+        self.start = fn(self.start)
+        return super()._apply(fn, recurse)
 
-        Not a buffer, which an EMA would average, and so round.
-        """
-        start = torch.zeros(self.groups, self.n_mixtures, device=device, dtype=dtype)
+    def _start(self) -> Tensor:
+        """The groups of features that are zero, [D/K,K]: equal weights, means in a row, scales that just overlap."""
+        start = torch.zeros(self.groups, self.n_mixtures)
         last = 1 - 1 / self.n_mixtures
         means, log_scales = start[1 : 1 + 2 * self.channels].chunk(2)
-        means.copy_(torch.linspace(-last, last, self.n_mixtures, device=device, dtype=dtype))
+        means.copy_(torch.linspace(-last, last, self.n_mixtures))
         log_scales.fill_(math.log(max(1 / (self.n_mixtures + 1), 1 / (self.levels - 1))))
         return start
 
@@ -122,8 +125,11 @@ class LogisticMixture(nn.Module):
         per_scale = log_scale.neg().exp()
         edges = self._centre(torch.arange(self.levels - 1, dtype=mean.dtype, device=mean.device) + 0.5)
         edges = (edges - mean[..., None]) * per_scale[..., None]  # [N,K,V-1]
-        below = F.logsigmoid(edges)
+        # log s(e) and logsumexp take a fraction of the time so. What exp makes of numbers below -80 adds nothing to 1.
+        below = edges.clamp_max(0) - (1 + (-edges.abs()).clamp_min(-80).exp()).log()
         mass = F.pad(below, (0, 1))
         mass[..., 1:] += below - edges  # log s(-e) = log s(e) - e
         mass[..., 1:-1] += torch.log(-torch.expm1(-2 * per_scale / (self.levels - 1)))[..., None]
-        return (mass + log_weight[..., None]).logsumexp(-2)
+        mass += log_weight[..., None]
+        largest = mass.amax(-2, keepdim=True)
+        return (mass - largest).clamp_min(-80).exp().sum(-2).log() + largest[..., 0, :]

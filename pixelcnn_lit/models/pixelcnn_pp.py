@@ -15,7 +15,7 @@ Training-mode loss: a likelihood.
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +111,7 @@ class PixelCNNPPStepper:
         self.first_u = WholeRows(net.first_u, len(y), width)
         self.state.others.append(self.first_u)
         self.body = ResolutionStepper(net.body, y, width)
-        self.last = net.last
+        self.last = PixelBlockStepper(net.last) if isinstance(net.last, PixelBlock) else None
         self.bias = net.out.bias
         self.matrix = net.out.weight[..., 0, 0].T.contiguous()
 
@@ -121,8 +121,10 @@ class PixelCNNPPStepper:
             self.first_u.write(self.row_above, at)
             self.body.step_u(self.first_u.output(at), at)
         ul = self.body.step_ul(self.first_ul.output(at), at)
+        if self.last:
+            ul = self.last.step(ul)
         assert self.bias is not None
-        return torch.addmm(self.bias, F.elu(self.last(ul)), self.matrix)
+        return torch.addmm(self.bias, F.elu(ul), self.matrix)
 
 
 class Resolution(nn.Module):
@@ -196,10 +198,9 @@ class ResolutionStepper:
             self.shrink_u = WholeRows(resolution.shrink_u, len(y), width)
             self.shrink_ul = RowCache(resolution.shrink_ul.all_taps(), len(y), width)
             self.rows += [self.shrink_u, self.shrink_ul]
-            self.grow_u, self.grow_ul = resolution.grow_u, resolution.grow_ul
+            self.grow_u = resolution.grow_u
             self.coarser = ResolutionStepper(resolution.coarser, y, (width + 1) // 2)
-            # What the four pixels of each coarse column read, [B,C,2,2] each.
-            self.coarse_ul: list[Any] = [None] * ((width + 1) // 2)
+            self.grow_ul = [PixelUpsampling(resolution.grow_ul, len(y)) for _ in range((width + 1) // 2)]
 
     def step_u(self, u: Tensor, at: At) -> Tensor:
         """u at a row, [B,channels,1,W] -> the same."""
@@ -229,8 +230,8 @@ class ResolutionStepper:
             self.shrink_ul.write(ul, at)
             if (at.row % 2, at.column % 2) == (0, 0):
                 coarse = self.coarser.step_ul(self.shrink_ul.output(at), at.coarser())
-                self.coarse_ul[at.column // 2] = self.grow_ul(coarse[..., None, None])
-            ul = ul + self.coarse_ul[at.column // 2][..., at.row % 2, at.column % 2]
+                self.grow_ul[at.column // 2].write(coarse)
+            ul = ul + self.grow_ul[at.column // 2].output(at)
         for block in self.up:
             ul = block.step_ul(ul, at, inputs.pop() if block.has_shortcut else None)
         return ul
@@ -322,14 +323,14 @@ class GatedRowStepper:
     """A `GatedBlock` of u in steps, without dropout: a whole row at once."""
 
     def __init__(self, block: GatedBlock, y: Tensor, width: int) -> None:
-        self.conv1 = WholeRows(block.conv1, len(y), width)
-        self.conv2 = WholeRows(block.conv2, len(y), width)
+        self.conv1 = ConcatELURows(block.conv1, len(y), width)
+        self.conv2 = ConcatELURows(block.conv2, len(y), width)
         self.conv2.bias = self.conv2.bias + block.embed.rows(y)
 
     def step(self, x: Tensor, read: Tensor | int, at: At) -> Tensor:
         """x [B,channels,1,W] -> the same; `read` is Σ conv1×1(aux)."""
-        self.conv1.write(concat_elu(x), at)
-        self.conv2.write(concat_elu(self.conv1.output(at) + read), at)
+        self.conv1.write(x, at)
+        self.conv2.write(self.conv1.output(at) + read, at)
         a, b = self.conv2.output(at).chunk(2, dim=1)
         return x + a * b.sigmoid()
 
@@ -360,6 +361,8 @@ class PixelBlock(nn.Module):
     2021, Primer (arXiv 2109.08668).
     """
 
+    EPS = 1e-5  # of the norm
+
     def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
         self.expand = nn.Linear(channels, expansion * channels)
@@ -371,8 +374,25 @@ class PixelBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.movedim(1, -1)
-        h = F.rms_norm(h, h.shape[-1:], eps=1e-5)
+        h = F.rms_norm(h, h.shape[-1:], eps=self.EPS)
         return x + self.project(F.relu(self.expand(h)).square()).movedim(-1, 1)
+
+
+class PixelBlockStepper:
+    """A `PixelBlock` at a pixel, in few calls."""
+
+    def __init__(self, block: PixelBlock) -> None:
+        self.expand_bias, self.project_bias = block.expand.bias, block.project.bias
+        self.expand = block.expand.weight.T.contiguous()
+        self.project = block.project.weight.T.contiguous()
+        self.eps = self.expand.new_full((1, 1), PixelBlock.EPS)
+
+    def step(self, x: Tensor) -> Tensor:
+        """[B,C] -> [B,C]."""
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        scale = torch.addcmul(self.eps, norm, norm, value=1 / x.shape[1]).rsqrt_()
+        h = torch.addmm(self.expand_bias, x * scale, self.expand).clamp_min_(0)
+        return torch.addmm(x, h.square_(), self.project).add_(self.project_bias)
 
 
 def concat_elu(x: Tensor) -> Tensor:
@@ -444,7 +464,8 @@ class WholeRows:
         self.bias = conv.bias
         self.stride = conv.stride
         self.side = conv.kernel_size[1] // 2
-        self.inputs = conv.weight.new_zeros(batch, conv.in_channels, 2, width)
+        size = batch, conv.in_channels, 2, width
+        self.inputs = conv.weight.new_zeros(size).contiguous(memory_format=torch.channels_last)
 
     def reset(self) -> None:
         """Forget an image."""
@@ -462,6 +483,20 @@ class WholeRows:
         """Return the convolution of the row: [B,out,1,⌈W/stride⌉]."""
         bias = self.bias[..., None, None]  # [out] or [B,out]
         return F.conv2d(self.inputs, self.weight, stride=self.stride, padding=(0, self.side)) + bias
+
+
+class ConcatELURows(WholeRows):
+    """The rows of a `ShiftedConv2d` that reads concat-ELU, which is made in their memory."""
+
+    def __init__(self, conv: ShiftedConv2d, batch: int, width: int) -> None:
+        super().__init__(conv, batch, width)
+        self.as_it_is, self.negative = self.inputs[:, :, 1:].chunk(2, dim=1)
+
+    def write(self, x: Tensor, at: At) -> None:
+        """Take concat_elu(x), of x [B,in/2,1,W], as the input of the row: one exponential serves both of its halves."""
+        below = x.abs().neg_().exp_().sub_(1)
+        torch.maximum(x, below, out=self.as_it_is)
+        torch.maximum(-x, below, out=self.negative)
 
 
 class Upsampling(nn.ConvTranspose2d):
@@ -483,3 +518,22 @@ class Upsampling(nn.ConvTranspose2d):
         padded = F.pad(seen.to(ones)[None, None], (0, 1, 0, 1))
         read = F.conv2d(padded, ones, stride=2, padding=self.padding)
         return read[0, 0, :, : (seen.shape[1] + 1) // 2] > 0
+
+
+class PixelUpsampling:
+    """An `Upsampling` of ul at one coarse pixel, which four fine ones read."""
+
+    def __init__(self, layer: Upsampling, batch: int) -> None:
+        assert layer.bias is not None
+        self.matrix = layer.weight.permute(0, 2, 3, 1).flatten(1).contiguous()  # [in,2*2*out]
+        self.bias = layer.bias.repeat(4)
+        self.result = self.matrix.new_empty(batch, self.matrix.shape[1])
+        self.pixels = self.result.chunk(4, dim=1)
+
+    def write(self, coarse: Tensor) -> None:
+        """Take the coarse pixel, [B,in]."""
+        torch.addmm(self.bias, coarse, self.matrix, out=self.result)
+
+    def output(self, at: At) -> Tensor:
+        """Return what a fine pixel reads, [B,out]."""
+        return self.pixels[2 * (at.row % 2) + at.column % 2]

@@ -85,7 +85,8 @@ class SteppableNetwork(Network, Protocol):
 class Likelihood(Protocol):
     """The distribution inside one pixel, channel by channel.
 
-    Made of `image_shape`, `levels` and its own settings before the network, which it tells its width.
+    Made of `image_shape`, `levels` and its own settings before the network, which it tells its width. It is called
+    without autocast, and given features in any floating type.
     """
 
     out_channels: int  # D: the features that it asks for

@@ -57,7 +57,10 @@ class LevelEmbedding(nn.Module):
     def stepper(self, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, At], Tensor]:
         """Return `forward` with its rows at hand, for many small calls: levels [n,C] -> [n,out_channels]."""
         rows, first = self._rows(dtype, device)
-        return lambda previous, at: _look_up(rows, first, previous)
+        if self.channels > 1:
+            return lambda previous, at: _look_up(rows, first, previous)
+        rows = F.pad(rows, (0, 1), value=1.0)  # a row is then all that is read
+        return lambda previous, at: F.embedding(previous[:, 0].long(), rows)
 
     def _rows(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return what each level is read as, [C*V,ordered+width], and where the rows of each channel begin, [C]."""
