@@ -4,15 +4,19 @@ $PIXELCNN_FUZZ sets how many files of each of the four kinds are damaged.
 """
 
 import copy
+import io
 import os
 import random
+import resource
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import save_npz
+from helpers import command, refused, save_npz
 
 from pixelcnn_lit.checkpoints.int8 import SCALE, dequantize
 from pixelcnn_lit.checkpoints.safetensors import write_weights
@@ -228,6 +232,42 @@ def test_settings_that_do_not_fit_the_weights_get_no_memory(tmp_path, model, mon
     with pytest.raises(UserError, match=r"asks for more than [\d,]+ bytes of memory"):
         load(str(tmp_path / "x.ckpt"))
     assert sum(made) < 2**30
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, run):
+    """50,000×50,000 pixels in a kilobyte."""
+    chunks = {b"IHDR": struct.pack(">2I5B", 50_000, 50_000, 8, 0, 0, 0, 0), b"IDAT": zlib.compress(b"\0" * 10**6)}
+    chunks[b"IEND"] = b""
+    written = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks.items()
+    ]
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(written))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for own in (["evaluate", f"images={bomb}", "trainer=cpu"], ["complete", f"image={bomb}", "label=3"]):
+        name, *asked = own
+        assert "bomb.png" in refused(name, f"ckpt={run}", *asked, "resize=true", f"run_dir={tmp_path}/{name}")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**6  # kilobytes
+
+
+def test_an_npz_that_lies_about_its_size_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        for name, shape in (("train_images", (10**9, 28, 28)), ("test_images", (10**9, 28, 28))):
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            archive.writestr(f"{name}.npy", header.getvalue() + b"\0" * 100)
+        for name in ("train_labels", "test_labels"):
+            archive.writestr(f"{name}.npy", b"")
+    assert "x.npz" in refused("data", "dataset=npz", f"dataset.path={tmp_path}/x.npz", f"run_dir={tmp_path}/out")
+
+
+def test_names_of_an_untrusted_file_move_no_cursor(tmp_path, capsys):
+    save_npz(tmp_path / "x.npz", class_names=np.array(["a\x1b[2J", "b\x07", "c\r", "d\n"]))
+    command("data", "dataset=npz", f"dataset.path={tmp_path}/x.npz", f"run_dir={tmp_path}/out")
+    printed = capsys.readouterr().out
+    assert printed
+    assert not set("\x1b\x07\r") & set(printed)
 
 
 def test_an_archive_that_would_unpack_to_any_size_is_refused(tmp_path, model):

@@ -64,6 +64,27 @@ def whole(tmp_path_factory) -> Path:
     return directory / "run"
 
 
+@pytest.mark.skipif("PIXELCNN_MINUTES" not in os.environ, reason="set PIXELCNN_MINUTES, of training, as 20")
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks /proc")
+def test_neither_memory_nor_open_files_grow_with_the_steps(tmp_path, spawn):
+    """Of an ordinary run: validations, grids, checkpoints, curves. What its first third takes is all it takes."""
+    minutes = float(os.environ["PIXELCNN_MINUTES"])
+    settings = ["model_size=tiny", "trainer=cpu", "dataset.num_workers=1", "trainer.max_epochs=-1"]
+    process = spawn(tmp_path, "train", *settings, "callbacks.samples.every_n_epochs=5", "run_dir=run")
+    process.wait_until(last(tmp_path / "run").is_file)
+    memory, files = [], []
+    for _ in range(int(60 * minutes)):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        memory.append(int(status.partition("VmRSS:")[2].split()[0]))
+        files.append(len(list(Path(f"/proc/{process.pid}/fd").iterdir())))
+        time.sleep(1)
+    process.signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    third = len(memory) // 3
+    assert max(memory[-third:]) < 1.05 * max(memory[:third])
+    assert max(files[-third:]) <= max(files[:third])
+
+
 def unfinished(directory: Path) -> list[Path]:
     return [*(directory / "checkpoints").glob(".tmp-*")]
 

@@ -202,6 +202,28 @@ def test_one_of_two_tasks_gets_sigusr1_in_a_validation_and_the_first_requeues_th
     assert 0 < read_checkpoint(str(tmp_path / "run" / "checkpoints" / "last.ckpt"))["global_step"] < 60
 
 
+def machines(children: Children, directory: Path, *overrides: str) -> list[Child]:
+    """A training as two agents of torchrun start it, each on a machine of its own, which here is the same."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{listening.getsockname()[1]}"
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", endpoint]
+    typed = ["-m", "pixelcnn_lit.train", *DDP, "trainer.devices=1", "+trainer.num_nodes=2", *overrides]
+    return [children.popen(directory, *torchrun, *typed) for _ in range(2)]
+
+
+@pytest.mark.long
+def test_of_two_machines_one_dies_and_the_other_ends_and_the_run_resumes(place, children):
+    settings = [*RUN, "trainer.max_epochs=40", "callbacks.last.every_n_steps=5", "run_dir=machines"]
+    both = machines(children, place, *settings)
+    both[0].wait_until((place / "machines" / "checkpoints" / "best.ckpt").is_file, 120)
+    both[1].kill()
+    assert both[0].wait_for_all(120) != 0
+    assert "error: another process of the run has ended" in both[0].output()
+    run(place, "train", "trainer=cpu", "trainer.max_epochs=5", "trainer.num_nodes=1", "run_dir=machines", "ckpt=last")
+    assert (place / "machines" / "result.json").is_file()
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="asks /proc for processes")
 def test_a_signal_before_training_leaves_no_process_waiting(place, spawn):

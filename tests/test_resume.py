@@ -347,6 +347,17 @@ def test_a_crafted_state_gets_one_line(cut, damage):
     refused("train", f"run_dir={cut}", "ckpt=last")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")
+def test_law_7_on_a_gpu_that_is_asked_to_be_deterministic(tmp_path):
+    settings = [word for word in RUN if not word.startswith("trainer=")]
+    settings += ["trainer=gpu", "+trainer.deterministic=true"]
+    train(tmp_path / "whole", *settings)
+    cut_off(tmp_path / "cut", settings, "training_step", 8)
+    train(tmp_path / "cut", "ckpt=last")
+    assert_same(final(tmp_path / "cut"), final(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, whole, monkeypatch, capsys, seed):
     """As on a disk without atomic rename, or with delayed writes: a part of the file arrives."""
