@@ -259,10 +259,9 @@ def dead_attention(counted: dict[Any, int], pixels: int) -> int:
 
 @torch.no_grad()
 def sampling_rows(density: Density, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
-    """Each sampler beside one forward pass over the same batch.
+    """Each sampler beside one forward pass over the same batch: the cached one and the codec, or the fixed point.
 
-    Where the network can step, these are the cached one and the codec. An evaluation is one of the whole image or a
-    step.
+    An evaluation is one of the whole image or a step.
     """
     canvas, pixels = torch.zeros_like(x), x[0, 0].numel()
     model = GuidedModel(density, y)

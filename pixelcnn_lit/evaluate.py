@@ -59,6 +59,8 @@ def main(
     take_threads(threads)
     if flip_mixture and (task != "bpd" or images is not None):
         raise UserError("flip_mixture=true: scores images of a dataset by task=bpd; leave it out")
+    if flip_mixture and trainer["limit_test_batches"] != 1.0:
+        raise UserError("flip_mixture=true: scores all images; leave trainer.limit_test_batches out")
     if (task == "ood") != (ood is not None):
         raise UserError("task=ood and dataset@ood=NAME go together; type both")
     changes: dict[str, Any] = {"background": background, "resize": resize, "colour": colour, "invert": invert}

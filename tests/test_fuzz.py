@@ -7,7 +7,6 @@ import copy
 import io
 import os
 import random
-import resource
 import struct
 import zipfile
 import zlib
@@ -244,6 +243,7 @@ def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, run):
     ]
     bomb = tmp_path / "bomb.png"
     bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(written))
+    resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for own in (["evaluate", f"images={bomb}", "trainer=cpu"], ["complete", f"image={bomb}", "label=3"]):
         name, *asked = own
@@ -258,8 +258,16 @@ def test_an_npz_that_lies_about_its_size_is_refused(tmp_path):
             np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
             archive.writestr(f"{name}.npy", header.getvalue() + b"\0" * 100)
         for name in ("train_labels", "test_labels"):
-            archive.writestr(f"{name}.npy", b"")
-    assert "x.npz" in refused("data", "dataset=npz", f"dataset.path={tmp_path}/x.npz", f"run_dir={tmp_path}/out")
+            labels = io.BytesIO()
+            np.save(labels, np.arange(10))
+            archive.writestr(f"{name}.npy", labels.getvalue())
+    said = refused("data", "dataset=npz", f"dataset.path={tmp_path}/x.npz", f"run_dir={tmp_path}/out")
+    assert "x.npz" in said
+    assert "damaged" in said or "memory" in said
+    with zipfile.ZipFile(tmp_path / "y.npz", "w") as archive:
+        for name in ("train_images", "test_images", "train_labels", "test_labels"):
+            archive.writestr(f"{name}.npy", b"no array")
+    assert "is no array" in refused("data", "dataset=npz", f"dataset.path={tmp_path}/y.npz", f"run_dir={tmp_path}/out")
 
 
 def test_names_of_an_untrusted_file_move_no_cursor(tmp_path, capsys):

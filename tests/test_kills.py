@@ -67,7 +67,7 @@ def whole(tmp_path_factory) -> Path:
 @pytest.mark.skipif("PIXELCNN_MINUTES" not in os.environ, reason="set PIXELCNN_MINUTES, of training, as 20")
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks /proc")
 def test_neither_memory_nor_open_files_grow_with_the_steps(tmp_path, spawn):
-    """Of an ordinary run: validations, grids, checkpoints, curves. What its first third takes is all it takes."""
+    """An ordinary run, with validations, grids, checkpoints and curves, takes in its first third all that it takes."""
     minutes = float(os.environ["PIXELCNN_MINUTES"])
     settings = ["model_size=tiny", "trainer=cpu", "dataset.num_workers=1", "trainer.max_epochs=-1"]
     process = spawn(tmp_path, "train", *settings, "callbacks.samples.every_n_epochs=5", "run_dir=run")

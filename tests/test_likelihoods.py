@@ -1,5 +1,6 @@
 """What the laws of every likelihood do not ask: each one against its paper, at extremes, and at its start."""
 
+import copy
 import itertools
 import math
 
@@ -65,6 +66,14 @@ def test_values_and_gradients_of_a_mixture_are_finite_at_extreme_features(channe
         assert torch.isfinite(values).all()
         assert torch.isfinite(gradient).all()
         assert gradient.any()
+
+
+def test_the_start_of_a_mixture_is_rounded_by_no_cast():
+    inside = LogisticMixture((3, 8, 8), 256)
+    before = inside.start.clone()
+    assert torch.equal(inside.bfloat16().start, before)
+    assert torch.equal(copy.deepcopy(inside).double().start, before)
+    assert inside.to("meta").start.device.type == "meta"
 
 
 @torch.no_grad()

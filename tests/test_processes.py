@@ -169,9 +169,9 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(place, children):
 @pytest.mark.parametrize("before", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_a_run_resumes_in_another_number_of_processes(place, children, before):
     """The same images in the same order: without dropout, which each process draws for itself, it ends the same."""
-    settings = [*RUN, "model.dropout=0", "trainer.precision=64-true", "trainer.max_epochs=3"]
+    settings = [*RUN, "model.dropout=0", "trainer.precision=64-true", "trainer.max_epochs=12", "scheduler=plateau"]
     settings += ["callbacks.last.every_n_steps=5"]
-    run(place, "train", *settings, "trainer=cpu", "run_dir=alone")
+    run(place, "train", *settings, "trainer=cpu", f"run_dir=alone_{before}")
     cut, processes = f"run_dir=cut_{before}", {1: ["trainer=cpu", "trainer.devices=1", "trainer.strategy=auto"], 2: DDP}
     start = (lambda *typed: [children.start(*typed)]) if before == 1 else (lambda *typed: tasks(children, *typed))
     begun = start(place, "train", *settings, *processes[before], cut)
@@ -180,11 +180,13 @@ def test_a_run_resumes_in_another_number_of_processes(place, children, before):
     assert begun[0].wait(60) == 143
     printed = run(place, "train", *processes[3 - before], cut, "ckpt=last")
     assert "resumes at step" in printed
-    results = [json.loads((place / name / "result.json").read_text()) for name in ("alone", f"cut_{before}")]
+    results = [json.loads((place / name / "result.json").read_text()) for name in (f"alone_{before}", cut[8:])]
     assert results[0]["steps"] == results[1]["steps"]
     for figure in ("val/nll", "test/nll"):
         assert results[0][figure] == pytest.approx(results[1][figure], abs=1e-9, rel=0)
-    saved = [read_checkpoint(f"{place}/{name}/checkpoints/last.ckpt")["state_dict"] for name in ("alone", cut[8:])]
+    saved = [
+        read_checkpoint(f"{place}/{name}/checkpoints/last.ckpt")["state_dict"] for name in (f"alone_{before}", cut[8:])
+    ]
     assert all(torch.allclose(weight, saved[1][name], atol=1e-9, rtol=0) for name, weight in saved[0].items())
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pixelcnn_lit.checkpoints.read import read_checkpoint
 from pixelcnn_lit.density.density import Density
 from pixelcnn_lit.lit.density_module import DensityModule
+from pixelcnn_lit.runs.atomic import second_name
 from pixelcnn_lit.runs.places import CONF
 from pixelcnn_lit.runs.run_dir import new_dir
 from pixelcnn_lit.runs.saved import lock
@@ -377,9 +379,51 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, whole, monkeypa
     train(run, "ckpt=last")
     assert "resumes from the one before" not in capsys.readouterr().out
     assert_same(final(run), final(whole("plain")))
+    assert (run / "checkpoints" / "damaged.ckpt").is_file()
     for number in range(2):
         (run / "checkpoints" / ("last-1.ckpt" if number else "last.ckpt")).write_bytes(b"torn")
     assert "last.ckpt: damaged" in refused("train", f"run_dir={run}", "ckpt=last")
+
+
+@pytest.mark.parametrize("broken", ["link", "link that was made", "replace"])
+def test_a_file_gets_a_second_name_where_a_file_system_has_no_links(tmp_path, monkeypatch, broken):
+    """Or where a network's loses the answer: never is the file itself written to."""
+    file, name, link = tmp_path / "last.ckpt", tmp_path / "last-1.ckpt", os.link
+
+    def refuse(*arguments):
+        if broken == "link that was made":
+            link(*arguments)
+        monkeypatch.undo()  # the copy is renamed, too
+        raise OSError
+
+    for old in (None, b"old"):
+        file.write_bytes(b"new")
+        if old:
+            name.unlink()
+            name.write_bytes(old)
+        monkeypatch.setattr(os, broken.partition(" ")[0], refuse)
+        second_name(file, name)
+        assert (file.read_bytes(), name.read_bytes()) == (b"new", b"new")
+        assert sorted(tmp_path.iterdir()) == [name, file]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_torn_one(cut, monkeypatch):
+    last = cut / "checkpoints" / "last.ckpt"
+    content = last.read_bytes()
+
+    class Unreadable:
+        def __init__(self, path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(zipfile, "ZipFile", Unreadable)
+        assert "last.ckpt: Permission denied" in refused("train", f"run_dir={cut}", "ckpt=last")
+    assert last.read_bytes() == content
+
+
+def test_the_number_of_best_checkpoints_stays_that_of_the_run(cut):
+    said = refused("train", f"run_dir={cut}", "ckpt=last", "callbacks.best.save_top_k=3")
+    assert said.endswith("callbacks.best.save_top_k is 1 in the run and 3 here; it cannot be changed later")
 
 
 def test_a_history_of_checkpoints_is_kept_and_resumed(tmp_path):

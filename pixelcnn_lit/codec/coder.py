@@ -43,6 +43,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLA
 stream: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue] (an extension, without types)
 FAMILY = stream.model.Categorical(perfect=False)
 BIT = stream.model.Uniform(2)
+AT_ONCE = 64  # images that are scored, which takes more memory than steps do
 
 
 class Compressed(NamedTuple):
@@ -121,8 +122,11 @@ class Coder:
 
     def _shorter_mirrored(self, images: Split) -> Tensor:
         """Return which images take fewer bits mirrored, bool [B]."""
-        as_it_is, mirrored = (self.model.nats(x, images.y).cpu() for x in (images.x, images.x.flip(-1)))
-        return mirrored < as_it_is
+        parts = images.parts(AT_ONCE)
+        return torch.cat([self._nats(part.x.flip(-1), part.y) < self._nats(part.x, part.y) for part in parts])
+
+    def _nats(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.model.nats(x, y).cpu()
 
     def _walk(self, y: Tensor, pick: Pick, watch: Watch | None) -> Tensor:
         """Go through images of classes y as the cached sampler does, and return them."""

@@ -146,10 +146,8 @@ def explain(error: BaseException | None, settings: Callable[[], Mapping[str, Any
             return "compile=true: there is no C++ compiler here; install one, as g++, or type compile=false"
         case RuntimeError() if 'Could not detect "srun"' in str(error):  # submitit's
             return "hydra/launcher=submitit_slurm: there is no srun here; type it on a machine of the cluster"
-        case Exception() if _is(error, "DistError") or re.search(_GONE, str(error)):
-            return (
-                "another process of the run has ended; when all have, type it once more with its run_dir and ckpt=last"
-            )
+        case RuntimeError() if re.search(_GONE, str(error)):
+            return f"another process of the run has ended ({first_line(error)}); resume with its run_dir and ckpt=last"
         case OSError() if error.errno in DISK_FULL:
             return f"{error.filename or 'the directory of the run'}: the disk is full; make room"
         case OSError() if error.filename:
@@ -159,7 +157,8 @@ def explain(error: BaseException | None, settings: Callable[[], Mapping[str, Any
     return None
 
 
-_GONE = r"Connection (closed|reset) by peer|Broken pipe.*gloo|gloo.*Broken pipe"  # gloo's, which has no error class
+# As gloo and NCCL say it.
+_GONE = r"gloo.*(Connection (closed|reset) by peer|Broken pipe)|remote process (has )?exited"
 
 _NO_MEMORY = (
     "out of memory; type a smaller batch_size (of dataset or sampler) or model_size; if the images are too many, see "

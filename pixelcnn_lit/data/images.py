@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.config.errors import UserError, printable
 from pixelcnn_lit.nn.levels import MOST_CHANNELS, level_dtype
 from pixelcnn_lit.runs.terminal import progress
 
@@ -171,6 +171,9 @@ class Images:
     changes: tuple[str, ...] = ()
     hold: bool = False
     tell: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.class_names = [printable(name) for name in self.class_names]  # of a file that may be untrusted
 
     def held(self) -> "Images":
         """Return the same set, its images in memory."""

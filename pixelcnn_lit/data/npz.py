@@ -2,6 +2,8 @@
 
 import zipfile
 import zlib
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def npz(path: str, source_levels: Levels = None) -> Images:
             return labelled_images(
                 f"dataset.path={path}",
                 set(archive),
-                load=archive.__getitem__,
+                load=partial(_array, archive),
                 store=lambda _, x, dtype: stored(x, dtype),
                 facts=facts,
             )
@@ -54,6 +56,14 @@ def npz(path: str, source_levels: Levels = None) -> Images:
 def _is_npy(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(6) == b"\x93NUMPY"
+
+
+def _array(archive: Mapping[str, Any], name: str) -> np.ndarray:
+    """Return a member of an archive, which numpy returns as bytes where it is no array."""
+    array = archive[name]
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} is no array")
+    return array
 
 
 def stored(x: np.ndarray, dtype: torch.dtype) -> Tensor | ChannelsLast:

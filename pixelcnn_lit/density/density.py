@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pixelcnn_lit.checkpoints.safetensors import digest
 from pixelcnn_lit.config.build import build, inspect_config
-from pixelcnn_lit.config.errors import UserError
+from pixelcnn_lit.config.errors import UserError, printable
 from pixelcnn_lit.density.bayes import even_mixture, posterior
 from pixelcnn_lit.models.protocols import Embedding, Likelihood, Network, SteppableNetwork, Stepper
 from pixelcnn_lit.nn.layers import checkpoint_blocks
@@ -90,8 +90,8 @@ class Density(nn.Module):
         self.image_shape: tuple[int, int, int] = (channels, height, width)
         self.num_classes = num_classes
         self.levels = levels
-        self.class_names = class_names
-        self.label = label
+        self.class_names = [printable(name) for name in class_names]  # of a file that may be untrusted
+        self.label = printable(label)
         self.conditional = conditional
         self.label_dropout = label_dropout
         self.no_class = num_classes * poses  # the last row of the network's table

@@ -82,8 +82,8 @@ class LogisticMixture(nn.Module):
         return Mixture(groups[0], groups[1 : 1 + n], groups[1 + n : 1 + 2 * n], slopes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves and casts the start with the rest. As a buffer it would be averaged by an EMA, and so rounded."""
-        self.start = fn(self.start)
+        """Move the start with the rest, and cast it with nothing: rounded, it would be that of another model."""
+        self.start = self.start.to(fn(self.start).device)
         return super()._apply(fn, recurse)
 
     def _start(self) -> Tensor:

@@ -200,7 +200,7 @@ class ResolutionStepper:
             self.rows += [self.shrink_u, self.shrink_ul]
             self.grow_u = resolution.grow_u
             self.coarser = ResolutionStepper(resolution.coarser, y, (width + 1) // 2)
-            self.grow_ul = [PixelUpsampling(resolution.grow_ul, len(y)) for _ in range((width + 1) // 2)]
+            self.grow_ul = PixelUpsampling(resolution.grow_ul, len(y), (width + 1) // 2)
 
     def step_u(self, u: Tensor, at: At) -> Tensor:
         """u at a row, [B,channels,1,W] -> the same."""
@@ -230,8 +230,8 @@ class ResolutionStepper:
             self.shrink_ul.write(ul, at)
             if (at.row % 2, at.column % 2) == (0, 0):
                 coarse = self.coarser.step_ul(self.shrink_ul.output(at), at.coarser())
-                self.grow_ul[at.column // 2].write(coarse)
-            ul = ul + self.grow_ul[at.column // 2].output(at)
+                self.grow_ul.write(coarse, at)
+            ul = ul + self.grow_ul.output(at)
         for block in self.up:
             ul = block.step_ul(ul, at, inputs.pop() if block.has_shortcut else None)
         return ul
@@ -521,19 +521,19 @@ class Upsampling(nn.ConvTranspose2d):
 
 
 class PixelUpsampling:
-    """An `Upsampling` of ul at one coarse pixel, which four fine ones read."""
+    """An `Upsampling` of ul pixel by pixel, each of which four finer ones read: of a row of `width` coarse pixels."""
 
-    def __init__(self, layer: Upsampling, batch: int) -> None:
+    def __init__(self, layer: Upsampling, batch: int, width: int) -> None:
         assert layer.bias is not None
         self.matrix = layer.weight.permute(0, 2, 3, 1).flatten(1).contiguous()  # [in,2*2*out]
         self.bias = layer.bias.repeat(4)
-        self.result = self.matrix.new_empty(batch, self.matrix.shape[1])
-        self.pixels = self.result.chunk(4, dim=1)
+        self.results = self.matrix.new_empty(width, batch, self.matrix.shape[1]).unbind()
+        self.pixels = [result.chunk(4, dim=1) for result in self.results]
 
-    def write(self, coarse: Tensor) -> None:
-        """Take the coarse pixel, [B,in]."""
-        torch.addmm(self.bias, coarse, self.matrix, out=self.result)
+    def write(self, coarse: Tensor, at: At) -> None:
+        """Take the coarse pixel, [B,in], whose first fine one is at `at`."""
+        torch.addmm(self.bias, coarse, self.matrix, out=self.results[at.column // 2])
 
     def output(self, at: At) -> Tensor:
         """Return what a fine pixel reads, [B,out]."""
-        return self.pixels[2 * (at.row % 2) + at.column % 2]
+        return self.pixels[at.column // 2][2 * (at.row % 2) + at.column % 2]

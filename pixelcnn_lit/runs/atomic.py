@@ -46,10 +46,12 @@ def second_name(file: Path, name: Path) -> None:
     if name.exists() and name.samefile(file):
         return
     unfinished = name.with_name(f"{UNFINISHED}{os.getpid()}-{name.name}")
+    unfinished.unlink(missing_ok=True)
     try:
         os.link(file, unfinished)
         os.replace(unfinished, name)
     except OSError:
+        unfinished.unlink(missing_ok=True)  # as a link to `file` it would be written through
         with open(file, "rb") as content, atomic_write(name) as copy:
             shutil.copyfileobj(content, copy)
     finally:

@@ -1,6 +1,7 @@
 """Saved runs: which is resumed, from where, and with which settings."""
 
 import contextlib
+import errno
 import os
 import re
 import zipfile
@@ -42,6 +43,7 @@ LOGGERS = {
 DATASET_GROUPS = ("dataset", "experiment")  # groups whose choice decides which dataset it is
 PLACES = ("dataset.root", "dataset.path")
 MAY_CHANGE_ON_RESUME = ("trainer.", "callbacks.", *PLACES, "threads")
+TOP_K = "callbacks.best.save_top_k"  # but this one
 
 
 def run_of(ckpt: str | None, parent: str, name: str | None) -> str:
@@ -142,12 +144,21 @@ def last_whole_checkpoint(directory: Path) -> Path | None:
 
 
 def damage(path: Path) -> str:
-    """Return what is wrong with a .ckpt, which is a zip archive with checksums; nothing where it is whole."""
+    """Return what is wrong with a .ckpt, which is a zip archive with checksums; nothing where it is whole.
+
+    Raises OSError where it cannot be read, which says nothing of it.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type for entry in archive.infolist()):
                 return "it is compressed, as no checkpoint is"  # and might unpack to any size
             damaged = archive.testzip()
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINVAL):  # not there; a seek to what a torn archive names
+            raise
+        return first_line(error)
     except Exception as error:  # zip names its troubles in a dozen classes
         return first_line(error)
     return f"bad checksum in {damaged}" if damaged else ""
@@ -277,6 +288,8 @@ def _changed(
     for key in sorted({**old, **new}, key=lambda key: not key.endswith("_target_")):  # another choice first
         if key in old and key in new and old[key] == new[key]:
             continue
+        if key == TOP_K:  # Lightning would compare what comes with those that it has been told to keep
+            raise UserError(f"{key} is {old.get(key)} in the run and {new.get(key)} here; it cannot be changed later")
         if not key.startswith(MAY_CHANGE_ON_RESUME):
             raise UserError(
                 f"{key} is {old.get(key)} in the run and {new.get(key)} here; only trainer.*, callbacks.*, "

@@ -1,6 +1,7 @@
 """A run in its directory: new, or resumed where it was interrupted."""
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -82,7 +83,7 @@ def open_run(ckpt: str | None, settings: dict[str, Any], or_anew: bool) -> Itera
         new = {"scheduler": None, **settings, "overrides": typed}
         settings = saved_settings(directory, typed) if start else new
         last = last_checkpoint(directory)
-        if start and start.name.startswith("last-") and (wrong := damage(last)):
+        if start and start.resolve() != last.resolve() and (wrong := damage(last)):
             put_in_place(start, last, wrong)
         try:
             with ExitStack() as closing:
@@ -115,8 +116,10 @@ def completed_result() -> dict[str, Any] | None:
 
 @rank_zero_only
 def put_in_place(before: Path, last: Path, wrong: str) -> None:
-    """Let a checkpoint be the last one, in which something is wrong, and which is none to be kept any longer."""
+    """Replace a last checkpoint in which something is wrong, which is put aside, by one before it."""
     print(f"{relative(last)}: {wrong}; resumes from the one before, {relative(before)}")
+    if last.is_file():
+        os.replace(last, last.with_name("damaged.ckpt"))
     second_name(before, last)
 
 
