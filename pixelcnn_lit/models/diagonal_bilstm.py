@@ -145,12 +145,12 @@ class DiagonalLayer(nn.Module):
         matrix, size = self.matrix().to(gates.dtype), gates.shape[:3]
         h = gates.new_zeros(*size, self.out.in_channels)
         c, done = h.flatten(1, 2).to(torch.promote_types(h.dtype, torch.float32)), []
-        for column in gates.movedim(3, 0).flatten(2, 3).unbind():  # copied once, and not each by itself
+        for column in gates.unbind(3):
             seen = torch.cat([h, F.pad(h, (0, 0, 1, -1))], dim=-1)
-            new, c = lstm_cell(torch.baddbmm(column, seen.flatten(1, 2), matrix), c, dim=-1)
+            new, c = lstm_cell(torch.baddbmm(column.flatten(1, 2), seen.flatten(1, 2), matrix), c, dim=-1)
             h = new.unflatten(1, size[1:])
             done.append(h)
-        return torch.stack(done).movedim(0, 3)
+        return torch.stack(done, dim=3)
 
     def matrix(self) -> Tensor:
         """State-to-state, of the left and the right LSTM: states beside and above -> gates, [2,2*states,4*states]."""

@@ -238,8 +238,6 @@ def lstm_cell(gates: Tensor, c: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     van den Oord et al. 2016, Pixel Recurrent Neural Networks, equation 3. Computed in the precision of the cell: in
     bf16, a long sum would stand still.
     """
-    states = c.shape[dim]
-    ofi, g = gates.to(c.dtype).split([3 * states, states], dim=dim)
-    o, f, i = ofi.sigmoid().chunk(3, dim=dim)
-    c = torch.addcmul(f * c, i, g.tanh())
-    return (o * c.tanh()).to(gates.dtype), c
+    o, f, i, g = gates.to(c.dtype).chunk(4, dim=dim)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return (o.sigmoid() * c.tanh()).to(gates.dtype), c
