@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -375,14 +376,35 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, whole, monkeypa
         delayed.setattr(AtomicCheckpointIO, "save_checkpoint", save_and_tear)
         cut_off(run, RUN, "training_step", 11)
     cut_off(run, ["ckpt=last"], "training_step", 1)  # before anything is saved again
-    assert "resumes from the one before" in capsys.readouterr().out
+    assert "; resumes from " in capsys.readouterr().out
     train(run, "ckpt=last")
-    assert "resumes from the one before" not in capsys.readouterr().out
+    assert "; resumes from " not in capsys.readouterr().out
     assert_same(final(run), final(whole("plain")))
     assert (run / "checkpoints" / "damaged.ckpt").is_file()
     for number in range(2):
         (run / "checkpoints" / ("last-1.ckpt" if number else "last.ckpt")).write_bytes(b"torn")
     assert "last.ckpt: damaged" in refused("train", f"run_dir={run}", "ckpt=last")
+
+
+@pytest.mark.parametrize("kills", [1, 3])
+def test_while_a_checkpoint_is_written_there_are_two_others(tmp_path, monkeypatch, kills):
+    """However often it is killed then."""
+    run, save, saved = tmp_path / "run", AtomicCheckpointIO.save_checkpoint, []
+
+    def save_or_die(self, checkpoint, path, storage_options=None):
+        if Path(path).name == "last.ckpt":
+            saved.append(1)
+            if len(saved) == 4:
+                raise KeyboardInterrupt
+        save(self, checkpoint, path)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save_or_die)
+    for kill in range(kills):
+        with suppress(BaseException):
+            train(run, *(["ckpt=last"] if kill else RUN))
+        saved[:] = [1, 1, 1]  # the next dies in its first
+    whole = [torch.load(path, weights_only=True)["global_step"] for path in (run / "checkpoints").glob("last*.ckpt")]
+    assert len(set(whole)) == 2
 
 
 @pytest.mark.parametrize("broken", ["link", "link that was made", "replace"])

@@ -156,9 +156,9 @@ def damage(path: Path) -> str:
     except MemoryError:
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EINVAL):  # not there; a seek to what a torn archive names
+        if error.errno not in (errno.ENOENT, errno.EINVAL):
             raise
-        return first_line(error)
+        return "is not there" if error.errno == errno.ENOENT else first_line(error)  # a seek to what a torn one names
     except Exception as error:  # zip names its troubles in a dozen classes
         return first_line(error)
     return f"bad checksum in {damaged}" if damaged else ""

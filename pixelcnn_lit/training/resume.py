@@ -107,9 +107,12 @@ class LastCheckpoint(Checkpoint):
             self._stop(trainer, signum)
 
     def _save(self, trainer: L.Trainer) -> None:
+        directory = self.path.parent.parent
         if trainer.is_global_zero:
-            keep_before(self.path.parent.parent, self.keep)
+            keep_before(directory, self.keep)
         trainer.save_checkpoint(self.path)
+        if trainer.is_global_zero:
+            last_checkpoint(directory, self.keep).unlink(missing_ok=True)
         self._saved = True
         self._saved_at = time.monotonic()
 
@@ -177,8 +180,14 @@ class LastCheckpoint(Checkpoint):
 
 
 def keep_before(directory: Path, keep: int) -> None:
-    """Let the last checkpoints of a run be those before the last, before another is written; `keep` with that one."""
-    for before in range(keep - 1, 0, -1):
+    """Let the last checkpoint of a run be the one before the last, and so on, before another is written.
+
+    Until then it has both names, so one more than `keep` of them are left.
+    """
+    last, before_it = last_checkpoint(directory), last_checkpoint(directory, 1)
+    if last.is_file() and before_it.is_file() and before_it.samefile(last):
+        return  # a run was killed while it wrote
+    for before in range(keep, 0, -1):
         newer = last_checkpoint(directory, before - 1)
         if newer.is_file():
             second_name(newer, last_checkpoint(directory, before))

@@ -117,7 +117,7 @@ def completed_result() -> dict[str, Any] | None:
 @rank_zero_only
 def put_in_place(before: Path, last: Path, wrong: str) -> None:
     """Replace a last checkpoint in which something is wrong, which is put aside, by one before it."""
-    print(f"{relative(last)}: {wrong}; resumes from the one before, {relative(before)}")
+    print(f"{relative(last)}: {wrong}; resumes from {relative(before)}")
     if last.is_file():
         os.replace(last, last.with_name("damaged.ckpt"))
     second_name(before, last)
