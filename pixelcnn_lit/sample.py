@@ -41,7 +41,7 @@ def main(
         images = model.draw(sampler, asked, threads, **given, progress=True, processes=processes, pace=pace).cpu()
     except Stopped:
         if (directory / PARTS).is_dir():
-            print(f"finished batches are kept; to go on, type the same with run_dir={relative(directory)}")
+            print(f"finished batches are kept; to resume, type the same with run_dir={relative(directory)}")
         raise
     names = model.called(asked)
     save(grid(images, model.levels, names), directory / "samples.png")

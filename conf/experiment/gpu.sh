@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # bash conf/experiment/gpu.sh
-# All that is still to be measured on a GPU, in the order of its worth: down to the ten minutes of CIFAR-10 it takes up to 26 minutes. What is done
-# is not done again, and a training whose time was over is resumed by the next call. Figures and logs lie in runs/gpu.
+# All that is still to be measured on a GPU, in the order of its worth: down to the ten minutes of CIFAR-10 it takes up
+# to 26 minutes. What is done is not done again, and a training whose time was over is resumed by the next call. Figures
+# and logs lie in runs/gpu.
 # Where there is no network: CIFAR10="dataset=npz dataset.name=cifar10 dataset.path=data/cifar10.npz"; a try without a
 # GPU: TRAIN="trainer=cpu trainer.max_steps=2 model.hidden_channels=8 compile=false" BENCH="model_size=tiny".
 set -u

@@ -122,11 +122,8 @@ class Coder:
 
     def _shorter_mirrored(self, images: Split) -> Tensor:
         """Return which images take fewer bits mirrored, bool [B]."""
-        parts = images.parts(AT_ONCE)
-        return torch.cat([self._nats(part.x.flip(-1), part.y) < self._nats(part.x, part.y) for part in parts])
-
-    def _nats(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.model.nats(x, y).cpu()
+        nats, parts = self.model.nats, images.parts(AT_ONCE)
+        return torch.cat([nats(part.x.flip(-1), part.y) < nats(part.x, part.y) for part in parts]).cpu()
 
     def _walk(self, y: Tensor, pick: Pick, watch: Watch | None) -> Tensor:
         """Go through images of classes y as the cached sampler does, and return them."""

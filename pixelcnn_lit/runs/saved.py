@@ -156,9 +156,11 @@ def damage(path: Path) -> str:
     except MemoryError:
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EINVAL):
+        if error.errno == errno.ENOENT:
+            return "is not there"
+        if error.errno != errno.EINVAL:  # which a seek to where a torn archive points ends in
             raise
-        return "is not there" if error.errno == errno.ENOENT else first_line(error)  # a seek to what a torn one names
+        return first_line(error)
     except Exception as error:  # zip names its troubles in a dozen classes
         return first_line(error)
     return f"bad checksum in {damaged}" if damaged else ""

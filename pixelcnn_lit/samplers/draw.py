@@ -107,8 +107,8 @@ def draw(
     image = None if request.image is None else request.image.repeat_interleave(n_per_class, 0)
     density = request.density
     canvas = torch.zeros(len(keys), *density.image_shape, dtype=density.level_dtype, device=request.y.device)
-    own = [drawing.method, drawing.steering, drawing.sharpening, flip_mixture, keys, batch_size, bf16]
-    own += [torch.get_num_threads()]
+    own = [drawing.method, drawing.steering, drawing.sharpening, flip_mixture]
+    own += [keys, batch_size, bf16, torch.get_num_threads()]
     kept = Parts(request.parts, [*own, density.digest()] if request.parts else None)
     parts = [part for part in cut(len(keys), batch_size) if not kept.find(part, canvas)]
     batches = [Batch(keys[part], None if image is None else image[part]) for part in parts]
